@@ -1,18 +1,16 @@
 """What every test shares: a calm machine, and the way to the real data."""
 
 import os
-
-import torch
-
-# Triton reads the switch once, while it is imported, so it stands before any test module.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Triton reads the switch once, while it is imported: here is before any test module is.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
 
 # One thread: the tensors of tests are small, and a reduction sums in the same order on every machine.
 torch.set_num_threads(1)
