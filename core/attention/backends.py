@@ -1,0 +1,173 @@
+"""Which implementation runs, and why: one table, one rule, one log line.
+
+Every implementation of a mechanism is entered with `@implementation(mechanism, backend, serves=...)` and says which
+features it honours. `resolve` takes the first backend in `ORDER` for the device that honours everything asked for. An
+explicit choice that cannot serve is an error that names the feature and who serves it, never a quiet fallback. A
+Triton kernel, flex-attention or another library joins by one decorated function; nothing else changes.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+ORDER = {
+    "cuda": ("triton", "fla", "flex", "sdpa", "torch"),
+    "cpu": ("sdpa", "torch"),
+}
+"""Preference per device type; other devices follow the CPU's. `reference` is never chosen by itself."""
+
+BACKENDS = ("reference", "torch", "sdpa", "flex", "triton", "fla")
+
+log = logging.getLogger("longspan.attention")
+
+
+class Implementation(NamedTuple):
+    """One way to compute a mechanism: the function, the features it honours, where it runs."""
+
+    run: Callable
+    serves: frozenset[str]
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
+
+
+class Choice(NamedTuple):
+    """What `resolve` decided: the backend's name, the function to call, and the reason in words."""
+
+    name: str
+    run: Callable
+    reason: str
+
+
+_table: dict[str, dict[str, Implementation]] = {}
+_forced: dict[str | None, str] = {None: os.environ["LONGSPAN_BACKEND"]} if os.environ.get("LONGSPAN_BACKEND") else {}
+_said: set[str] = set()
+
+
+def implementation(
+    mechanism: str,
+    backend: str,
+    *,
+    serves: tuple[str, ...] = (),
+    devices: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator: enter a function as the `backend` implementation of `mechanism`.
+
+    Args:
+        mechanism: "softmax", "window", "linear", "hybrid", ...
+        backend: one of `BACKENDS`.
+        serves: optional features that it honours, in the mechanism's own words ("mass", "key_mask", ...).
+        devices: device types it runs on; None: all.
+        dtypes: input dtypes it takes; None: all.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+
+    def keep(run: Callable) -> Callable:
+        _table.setdefault(mechanism, {})[backend] = Implementation(run, frozenset(serves), devices, dtypes)
+        return run
+
+    return keep
+
+
+def resolve(mechanism: str, backend: str, device: str, dtype: torch.dtype, needs: tuple[str, ...]) -> Choice:
+    """Choose the implementation of `mechanism` for inputs of this device type and dtype with these needs.
+
+    Raises:
+        ValueError: the backend is unknown, or it cannot serve; the text names what is missing and who has it.
+    """
+    if backend == "auto":
+        backend = _forced.get(mechanism) or _forced.get(None) or "auto"
+    known = _table[mechanism]
+    if backend != "auto":
+        if backend not in known:
+            raise ValueError(f"{mechanism} attention has no backend {backend!r}; it has {', '.join(known)}")
+        lacks = _lacks(known[backend], device, dtype, needs)
+        if lacks:
+            able = [name for name, one in known.items() if not _lacks(one, device, dtype, needs)]
+            raise ValueError(
+                f"backend {backend!r} of {mechanism} attention does not serve {lacks}; "
+                f"{', '.join(able) or 'no backend'} does"
+            )
+        return _say(mechanism, Choice(backend, known[backend].run, "asked for"), device, dtype)
+    passed = []
+    for name in ORDER.get(device, ORDER["cpu"]):
+        if name in known:
+            lacks = _lacks(known[name], device, dtype, needs)
+            if not lacks:
+                reason = "first in order" if not passed else "; ".join(passed)
+                return _say(mechanism, Choice(name, known[name].run, reason), device, dtype)
+            passed.append(f"{name} does not serve {lacks}")
+    raise ValueError(f"no backend of {mechanism} attention serves this request on {device}: {'; '.join(passed)}")
+
+
+def set_backend(backend: str | None, mechanism: str | None = None) -> None:
+    """Force a backend wherever "auto" is asked for, for one mechanism or for all; None gives the choice back.
+
+    The environment variable LONGSPAN_BACKEND does the same for a whole process.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if backend in (None, "auto"):
+        _forced.pop(mechanism, None)
+        return
+    if backend not in BACKENDS:
+        from core.attention.registry import nearest
+
+        raise ValueError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}; known: auto, {', '.join(BACKENDS)}")
+    _forced[mechanism] = backend
+
+
+def explain_backend(
+    mechanism: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, needs: tuple[str, ...] = ()
+) -> str:
+    """Say which backend would run and why, one line per candidate.
+
+    Example:
+        >>> print(explain_backend("softmax", needs=("mass",)))
+        softmax on cpu, float32, needs mass
+          reference: serves, but is only used when asked for
+          sdpa: does not serve mass
+          torch: serves  <- runs
+    """
+    from core.attention.registry import available, variant_class
+
+    if mechanism not in _table and mechanism in available():
+        variant_class(mechanism)
+    if mechanism not in _table:
+        raise ValueError(f"unknown mechanism {mechanism!r}; known: {', '.join(sorted(_table))}")
+    chosen = resolve(mechanism, "auto", device, dtype, tuple(needs))
+    title = f"{mechanism} on {device}, {str(dtype).removeprefix('torch.')}"
+    lines = [title + (f", needs {', '.join(needs)}" if needs else "")]
+    order = ("reference", *ORDER.get(device, ORDER["cpu"]))
+    for name in sorted(_table[mechanism], key=lambda n: order.index(n) if n in order else len(order)):
+        lacks = _lacks(_table[mechanism][name], device, dtype, tuple(needs))
+        text = f"does not serve {lacks}" if lacks else "serves"
+        if name == chosen.name:
+            text += "  <- runs" + (" (asked for)" if chosen.reason == "asked for" else "")
+        elif name == "reference" and not lacks:
+            text += ", but is only used when asked for"
+        lines.append(f"  {name}: {text}")
+    return "\n".join(lines)
+
+
+def _lacks(one: Implementation, device: str, dtype: torch.dtype, needs: tuple[str, ...]) -> str:
+    if one.devices is not None and device not in one.devices:
+        return f"device {device}"
+    if one.dtypes is not None and dtype not in one.dtypes:
+        return str(dtype).removeprefix("torch.")
+    return ", ".join(need for need in needs if need not in one.serves)
+
+
+def _say(mechanism: str, choice: Choice, device: str, dtype: torch.dtype) -> Choice:
+    # A traced program must not log: the choice has been made once for all its calls.
+    if not torch.compiler.is_compiling():
+        line = f"{mechanism} attention: {choice.name} ({device}, {str(dtype).removeprefix('torch.')}; {choice.reason})"
+        if line not in _said:
+            _said.add(line)
+            log.info(line)
+    return choice

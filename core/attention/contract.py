@@ -1,0 +1,287 @@
+"""What every attention mechanism here promises, and the few types they share.
+
+Shape letters, used in all files of this package:
+    B batch, H query heads, K key/value heads (H is a multiple of K), L queries, M keys,
+    D query/key width, E value width, F feature width (after a feature map), W window, C chunk, N sequences in a pack
+
+A mechanism maps q [B, H, L, D], k [B, K, M, D], v [B, K, M, E] to a weighted mean of the values per query, and where
+its weights are non-negative sums, also to the log of their mass. Two results over disjoint key sets then add up
+(`merge`): a window and a linear tail, global tokens and local ones, key shards of several devices, an old state and
+new keys.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Attended(NamedTuple):
+    """A weighted mean of values and the log of the weights' sum.
+
+    out: [B, H, L, E] in the dtype of the values; 0 where a query sees no key.
+    log_mass: [B, H, L] in float32 (float64 for float64 inputs), -inf where a query sees no key; None where the
+        mechanism has no mass.
+    """
+
+    out: Tensor
+    log_mass: Tensor | None
+
+
+def merge(*parts: Attended) -> Attended:
+    """Attention over the union of disjoint key sets, from the attention over each.
+
+        l = log sum_p exp(l_p),    o = sum_p exp(l_p - l) o_p
+
+    Commutative and associative; `(0, -inf)`, the result over no keys, is neutral. A key that stands in two parts
+    counts twice. Gradients flow through the means and through the masses.
+
+    Args:
+        parts: one or more results with a mass, all [B, H, L, E] and [B, H, L].
+
+    Returns:
+        `Attended`, out in the dtype of the first part.
+
+    Raises:
+        ValueError: no parts, a part without mass, or shapes that differ.
+    """
+    if not parts:
+        raise ValueError("merge needs at least one part")
+    for i, part in enumerate(parts):
+        if part.log_mass is None:
+            raise ValueError(f"merge: part {i} has no mass, so its share of the whole is unknown")
+        if part.out.shape != parts[0].out.shape or part.log_mass.shape != part.out.shape[:-1]:
+            raise ValueError(
+                f"merge: part {i} has out {list(part.out.shape)} and log_mass {list(part.log_mass.shape)}; "
+                f"expected {list(parts[0].out.shape)} and {list(parts[0].out.shape[:-1])}"
+            )
+    if len(parts) == 1:
+        return parts[0]
+    return Attended(*_Merge.apply(*(tensor for part in parts for tensor in part)))
+
+
+class _Merge(torch.autograd.Function):
+    # By hand, because autograd through the guards for -inf (an empty part) would give 0 * inf = NaN:
+    # with p = exp(l_p - l): d o_p = p do,  d l_p = p (dl + <do, o_p - o>).
+
+    @staticmethod
+    def forward(ctx, *flat):
+        outs, masses = flat[0::2], flat[1::2]
+        top = masses[0]
+        for mass in masses[1:]:
+            top = torch.maximum(top, mass)
+        top = torch.where(top == -torch.inf, 0.0, top)
+        weights = [torch.exp(mass - top) for mass in masses]
+        total = sum(weights[1:], weights[0])
+        inverse = torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))
+        shares = [weight * inverse for weight in weights]
+        out = outs[0] * shares[0].unsqueeze(-1)
+        for share, part in zip(shares[1:], outs[1:]):
+            out = out + part * share.unsqueeze(-1)
+        out = out.to(outs[0].dtype)
+        ctx.save_for_backward(out, *outs, *shares)
+        return out, top + torch.log(total)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        do, dl = grads
+        out, *rest = ctx.saved_tensors
+        outs, shares = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        flat = []
+        for part, share in zip(outs, shares):
+            along = (do * (part - out)).sum(-1, dtype=share.dtype)
+            flat += [(do * share.unsqueeze(-1)).to(part.dtype), share * (dl + along)]
+        return tuple(flat)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The head geometry that the layer hands to a variant.
+
+    query: number of query heads H.   key: number of key/value heads K, dividing H.
+    width: D, per-head width of q and k.   value_width: E, per-head width of v.
+    """
+
+    query: int
+    key: int
+    width: int
+    value_width: int
+
+    def __post_init__(self):
+        if min(self.query, self.key, self.width, self.value_width) < 1:
+            raise ValueError(f"heads and their widths must be at least 1, got {self}")
+        if self.query % self.key:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads: {self.query} is not a multiple of {self.key}"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.query // self.key
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass of a mechanism (or stack) costs.
+
+    flops: floating point operations, a multiply-add counted as two.
+    bytes_moved: bytes that must travel between memory and processor at least once (inputs, outputs, states).
+    state_bytes: bytes of the decoding state after `length` tokens; 0 for what cannot decode.
+    parameters: learned numbers.
+    """
+
+    flops: int = 0
+    bytes_moved: int = 0
+    state_bytes: int = 0
+    parameters: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.flops + other.flops,
+            self.bytes_moved + other.bytes_moved,
+            self.state_bytes + other.state_bytes,
+            self.parameters + other.parameters,
+        )
+
+
+State = dict[str, Tensor]
+"""A decoding state: named tensors, batch first. Never changed in place, so an old state stays usable."""
+
+
+class Variant(nn.Module):
+    """One attention mechanism, between the projections and the output of `Attention`.
+
+    A subclass declares what it can do and implements `forward`; a recurrent one also `init_state` and `resume`.
+
+    can: out of
+        causal         query i sees keys j <= i + M - L
+        bidirectional  every query sees every key
+        cross          keys from another sequence of another length (without causal)
+        recurrent      a state, so that prefill and step equal one pass over the whole
+        mass           the result carries a log mass and can be merged
+        dropout        dropout on the attention weights
+    positions: which of "rope", "alibi" it can compose with (ATTENTION, section on positions; docs/attention.md).
+    """
+
+    name: ClassVar[str]
+    can: ClassVar[frozenset[str]]
+    positions: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, heads: Heads):
+        super().__init__()
+        self.heads = heads
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = False,
+        key_mask: Tensor | None = None,
+        rotary: "tuple | None" = None,
+        slopes: Tensor | None = None,
+        dropout: float = 0.0,
+        return_mass: bool = False,
+        backend: str = "auto",
+    ) -> Attended:
+        """Attend.
+
+        Args:
+            q: [B, H, L, D], normalised but not rotated.   k: [B, K, M, D].   v: [B, K, M, E].
+            causal: bottom-right aligned; the last query sees the last key.
+            key_mask: [B, M] bool, True where a key is real.
+            rotary: (for queries, for keys), two `positions.Rotation`, or None.
+            slopes: [H] ALiBi slopes, or None.
+            dropout: probability on the attention weights, 0 in evaluation.
+            return_mass: also give the log mass.
+            backend: which implementation; "auto" chooses.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch: int, *, device=None, dtype=None) -> State:
+        """The state before the first token."""
+        raise NotImplementedError(f"attention {self.name!r} has no decoding state")
+
+    def resume(self, q: Tensor, k: Tensor, v: Tensor, state: State, **options) -> tuple[Attended, State]:
+        """Causal attention of new tokens to the state and to each other: prefill, and with L = 1 a step."""
+        raise NotImplementedError(f"attention {self.name!r} has no decoding state")
+
+    def cost(
+        self, batch: int, length: int, keys: int | None = None, *, causal: bool = False, element_bytes: int = 4
+    ) -> Cost:
+        """Cost of one forward pass over `length` queries and `keys` keys (default: as many)."""
+        raise NotImplementedError
+
+
+def state_bytes(state: State) -> int:
+    """Bytes that a decoding state occupies."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states, normalisers and masses: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def visible(
+    queries: int,
+    keys: int,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    key_mask: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Which key each query sees, as a dense mask [L, M], or [B, 1, L, M] with a key mask. For references only.
+
+    Causal is bottom-right aligned; here L = 3, M = 5 (1 = visible), and the same with window 2:
+
+        1 1 1 0 0        0 1 1 0 0
+        1 1 1 1 0        0 0 1 1 0
+        1 1 1 1 1        0 0 0 1 1
+    """
+    at = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    key = torch.arange(keys, device=device)[None, :]
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if causal:
+        seen &= key <= at
+    if window is not None:
+        seen &= (at - key).abs() < window
+    return seen if key_mask is None else seen & key_mask[:, None, None, :]
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, K, M, D] -> [B, H, M, D], query head h reading key head h // (H // K). For references only."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def hide(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Zero the rows of masked keys, x [B, K, M, D]; `where`, not a product, because padding may hold NaN."""
+    return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, 0.0)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Heads:
+    """Raise ValueError with expected and given shapes unless q, k, v and the mask fit; give the head geometry."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, length, width], got shape {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    batch, heads, _, width = q.shape
+    if k.shape[0] != batch or k.shape[3] != width or k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(
+            f"k must be [{batch}, heads dividing {heads}, length, {width}] to go with q {list(q.shape)}, "
+            f"got {list(k.shape)}"
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must be {list(k.shape[:3])} + [width] to go with k, got {list(v.shape)}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, k.shape[2])):
+        raise ValueError(
+            f"key_mask must be bool [{batch}, {k.shape[2]}], True where a key is real, "
+            f"got {key_mask.dtype} {list(key_mask.shape)}"
+        )
+    return Heads(heads, k.shape[1], width, v.shape[3])

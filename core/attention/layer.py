@@ -1,0 +1,249 @@
+"""`Attention`: projections, heads, positions and QK-norm around any variant.
+
+Every weight outside the variant is the same whichever variant is inside, so swapping it changes one thing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from core.attention.contract import Attended, Cost, Heads, State
+from core.attention.packing import attend_packed
+from core.attention.positions import Rotation, alibi_slopes
+from core.attention.registry import available, build, variant_class
+
+POSITIONS = ("rope", "rope2d", "alibi")
+
+
+class Attention(nn.Module):
+    """Multi-head attention, [B, L, C] -> [B, L, C], with any mechanism of `available()`.
+
+    Args:
+        dim: C, width of input and output.
+        num_heads: H, dividing dim; the head width is dim // num_heads.
+        variant: name of the mechanism.
+        num_kv_heads: K, dividing num_heads; fewer key heads make smaller states. None: num_heads.
+        causal: a position sees itself and its past only.
+        positions: None, "rope", "rope2d" or "alibi", inside the mechanism. Sinusoidal and learned positions belong to
+            the input, see `core.backbone`.
+        qk_norm: RMS-normalise queries and keys per head.
+        dropout: on the attention weights while training; only for variants that have weights.
+        bias: whether projections have one.
+        backend: "auto" or the implementation to insist on.
+        **options: the variant's own; `registry.entry(variant).options` lists them.
+
+    Raises:
+        ValueError: unknown variant, option or position, heads that do not divide the width, or something the variant
+            cannot do; the text names what is valid.
+
+    Example:
+        >>> layer = Attention(64, 4, "hybrid", window=8, causal=True)
+        >>> layer(torch.zeros(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        variant: str = "softmax",
+        *,
+        num_kv_heads: int | None = None,
+        causal: bool = False,
+        positions: str | None = None,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        backend: str = "auto",
+        **options,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+            raise ValueError(f"num_heads must divide dim: {num_heads} does not divide {dim}; valid: {divisors}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if positions is not None and positions not in POSITIONS:
+            from core.attention.registry import nearest
+
+            raise ValueError(
+                f"unknown positions {positions!r}{nearest(positions, POSITIONS)}; known: None, {', '.join(POSITIONS)}"
+            )
+        self.dim, self.num_heads, self.causal = dim, num_heads, causal
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.positions, self.dropout, self.backend = positions, dropout, backend
+        width = dim // num_heads
+        self.variant = build(variant, Heads(num_heads, self.num_kv_heads, width, width), **options)
+        self._require("causal" if causal else "bidirectional")
+        if dropout:
+            self._require("dropout")
+        if positions is not None and positions.removesuffix("2d") not in self.variant.positions:
+            able = [name for name in available() if positions.removesuffix("2d") in variant_class(name).positions]
+            raise ValueError(f"attention {variant!r} does not compose with {positions!r}; {', '.join(able)} do")
+
+        self.query = nn.Linear(dim, num_heads * width, bias=bias)
+        self.key = nn.Linear(dim, self.num_kv_heads * width, bias=bias)
+        self.value = nn.Linear(dim, self.num_kv_heads * width, bias=bias)
+        self.output = nn.Linear(num_heads * width, dim, bias=bias)
+        self.query_norm = nn.RMSNorm(width) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(width) if qk_norm else nn.Identity()
+        slopes = alibi_slopes(num_heads) if positions == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+        for layer in (self.query, self.key, self.value, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            if bias:
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_context: Tensor | None = None,
+        coordinates: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to x itself, or to `context`.
+
+        Args:
+            x: [B, L, C].
+            context: [B, M, C] for cross-attention; None: x.
+            key_mask: bool [B, M], True where a key is real.
+            cu_seqlens: [N + 1] offsets of a pack, x being [1, T, C]; excludes key_mask. Read on the host.
+            cu_seqlens_context: the same for `context`.
+            coordinates: where each token stands, for rotary positions: [L] or [B, L], with "rope2d" [..., L, 2] rows
+                and columns. Default 0, 1, 2, ...; only differences matter.
+
+        Returns:
+            [B, L, C].
+
+        Raises:
+            ValueError: shapes that do not fit, a mask together with a pack, positions in cross-attention.
+        """
+        self._check(x, "x")
+        if context is not None:
+            self._check(context, "context")
+            self._require("cross")
+            if self.positions is not None:
+                raise ValueError(f"positions={self.positions!r} has no meaning between two sequences; build without")
+        if cu_seqlens is not None and key_mask is not None:
+            raise ValueError("give key_mask or cu_seqlens, not both: a pack has no padding")
+        if (cu_seqlens_context is not None) != (cu_seqlens is not None and context is not None):
+            raise ValueError("cu_seqlens_context goes with cu_seqlens and a context, all three or none")
+        q, k, v = self._project(x, x if context is None else context)
+        if coordinates is None and self.positions == "rope2d":
+            raise ValueError("positions='rope2d' needs coordinates [..., L, 2]: the row and column of each token")
+        if coordinates is None and self.positions == "rope":
+            coordinates = torch.arange(x.shape[1], device=x.device)
+
+        if cu_seqlens is None:
+            return self._merge_heads(self._attend(q, k, v, key_mask, coordinates).out)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, rows: Tensor) -> Attended:
+            return self._attend(q, k, v, key_mask, None if coordinates is None else _at(coordinates, rows))
+
+        return self._merge_heads(attend_packed(attend, q, k, v, cu_seqlens, cu_seqlens_context).out)
+
+    def init_state(self, batch_size: int) -> State:
+        """The decoding state before the first token.
+
+        Raises:
+            ValueError: the layer is not causal, or the variant has no state.
+        """
+        if not self.causal:
+            raise ValueError("a decoding state needs causal=True")
+        self._require("recurrent")
+        weight = self.value.weight
+        state = self.variant.init_state(batch_size, device=weight.device, dtype=weight.dtype)
+        return {**state, "position": torch.zeros(batch_size, dtype=torch.int64, device=weight.device)}
+
+    def prefill(self, x: Tensor, state: State, *, key_mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read x [B, L, C] after what `state` holds; gives (y [B, L, C], new state).
+
+        Any split of a sequence over calls gives what one forward over the whole gives. The old state stays usable.
+        """
+        self._check(x, "x")
+        if self.positions == "rope2d":
+            raise ValueError("positions='rope2d' has no order to decode in; use 'rope'")
+        q, k, v = self._project(x, x)
+        rotary = None
+        if self.positions == "rope":
+            at = state["position"][:, None] + torch.arange(x.shape[1], device=x.device)
+            rotary = (Rotation(at), Rotation(at))
+        inner = {name: tensor for name, tensor in state.items() if name != "position"}
+        attended, inner = self.variant.resume(
+            q, k, v, inner, key_mask=key_mask, rotary=rotary, slopes=self.slopes, backend=self.backend
+        )
+        return self._merge_heads(attended.out), {**inner, "position": state["position"] + x.shape[1]}
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token: x [B, C] or [B, 1, C] -> (y of the same shape, new state)."""
+        if x.dim() == 2:
+            y, state = self.prefill(x.unsqueeze(1), state)
+            return y.squeeze(1), state
+        return self.prefill(x, state)
+
+    def cost(self, batch: int, length: int, keys: int | None = None) -> Cost:
+        """Cost of one forward pass with projections; see `Cost`."""
+        keys = length if keys is None else keys
+        size = self.value.weight.element_size()
+        inner = self.variant.cost(batch, length, keys, causal=self.causal, element_bytes=size)
+        from_x = self.query.weight.numel() + self.output.weight.numel()
+        from_context = self.key.weight.numel() + self.value.weight.numel()
+        weights = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.variant.parameters())
+        recurrent = self.causal and "recurrent" in self.variant.can
+        return Cost(
+            flops=inner.flops + 2 * batch * (length * from_x + keys * from_context),
+            bytes_moved=inner.bytes_moved + size * (2 * batch * (length + keys) * self.dim + weights),
+            state_bytes=inner.state_bytes + 8 * batch if recurrent else 0,
+            parameters=inner.parameters + weights,
+        )
+
+    def extra_repr(self) -> str:
+        """What a printed model shows of this layer."""
+        kv = f", kv_heads={self.num_kv_heads}" if self.num_kv_heads != self.num_heads else ""
+        return f"{self.variant.name}, dim={self.dim}, heads={self.num_heads}{kv}, causal={self.causal}"
+
+    def _attend(self, q, k, v, key_mask, coordinates) -> Attended:
+        rotary = None
+        if coordinates is not None and self.positions in ("rope", "rope2d"):
+            rotation = Rotation(coordinates, planes=2 if self.positions == "rope2d" else 1)
+            rotary = (rotation, rotation)
+        return self.variant(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            key_mask=key_mask,
+            rotary=rotary,
+            slopes=self.slopes,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def heads(y: Tensor, number: int) -> Tensor:
+            return y.unflatten(-1, (number, -1)).transpose(1, 2)
+
+        q = self.query_norm(heads(self.query(x), self.num_heads))
+        k = self.key_norm(heads(self.key(context), self.num_kv_heads))
+        v = heads(self.value(context), self.num_kv_heads)
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast runs norms in float32
+
+    def _merge_heads(self, out: Tensor) -> Tensor:
+        return self.output(out.transpose(1, 2).flatten(-2))
+
+    def _require(self, ability: str) -> None:
+        if ability not in self.variant.can:
+            able = [name for name in available() if ability in variant_class(name).can]
+            raise ValueError(f"attention {self.variant.name!r} cannot do {ability!r}; {', '.join(able)} can")
+
+    def _check(self, x: Tensor, name: str) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"{name} must be [batch, length, {self.dim}], got {list(x.shape)}")
+
+
+def _at(coordinates: Tensor, rows: Tensor) -> Tensor:
+    """Coordinates of packed rows, [T] or [1, T] (or [..., T, 2]) at [n, L]."""
+    flat = coordinates.squeeze(0) if coordinates.dim() > 1 and coordinates.shape[0] == 1 else coordinates
+    return flat[rows]

@@ -1,0 +1,92 @@
+"""Packed batches: sequences of different lengths laid end to end, attended each on its own.
+
+    x        a0 a1 a2 | b0 | c0 c1        cu_seqlens = [0, 3, 4, 6]
+
+Sequences are unpacked into a few padded batches, one per power of two of their length, so at most half of the work is
+padding however ragged the pack is, and any mechanism that honours a key mask serves packs exactly.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from core.attention.contract import Attended
+
+
+def attend_packed(
+    attend: Callable[..., Attended], q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, key_offsets: Tensor | None = None
+) -> Attended:
+    """Run `attend` on every sequence of a pack.
+
+    Args:
+        attend: (q, k, v, key_mask, rows) -> Attended on a padded batch; rows int64 [n, L] are the packed rows of its
+            queries (padding repeats a valid row), for whatever is known per row.
+        q: [1, H, T, D].   k: [1, K, U, D].   v: [1, K, U, E].
+        offsets: [N + 1] integers from 0 to T, never falling; sequence n owns rows offsets[n] to offsets[n + 1].
+        key_offsets: the same for keys, with the same N; None: those of the queries.
+
+    Returns:
+        `Attended` in packed form, log mass only where `attend` gives one.
+
+    Raises:
+        ValueError: offsets do not describe the pack.
+    """
+    starts, lengths = _spans(offsets, q.shape[2], "cu_seqlens")
+    same = key_offsets is None
+    key_starts, key_lengths = (
+        (starts, lengths) if same else _spans(key_offsets, k.shape[2], "cu_seqlens of the context")
+    )
+    if q.shape[0] != 1 or len(key_lengths) != len(lengths):
+        raise ValueError(
+            f"a pack has batch 1 and as many key as query sequences, got batch {q.shape[0]}, "
+            f"{len(lengths)} and {len(key_lengths)} sequences"
+        )
+    out = v.new_zeros(1, q.shape[1], q.shape[2], v.shape[3])
+    mass = None
+    groups: dict[tuple[int, int], list[int]] = {}
+    for n, (length, keys) in enumerate(zip(lengths, key_lengths)):
+        if length and keys:
+            groups.setdefault((length.bit_length(), keys.bit_length()), []).append(n)
+    parts = []
+    for members in groups.values():
+        rows, real = _rows([starts[n] for n in members], [lengths[n] for n in members], q.device)
+        columns, key_mask = (
+            (rows, real)
+            if same
+            else _rows([key_starts[n] for n in members], [key_lengths[n] for n in members], q.device)
+        )
+        given = attend(_take(q, rows), _take(k, columns), _take(v, columns), key_mask, rows)
+        parts.append((rows[real], given, real))
+    for rows, given, real in parts:
+        out = out.index_copy(2, rows, given.out.transpose(0, 1)[:, real].unsqueeze(0).to(out.dtype))
+        if given.log_mass is not None:
+            if mass is None:
+                mass = given.log_mass.new_full((1, q.shape[1], q.shape[2]), -torch.inf)
+            mass = mass.index_copy(2, rows, given.log_mass.transpose(0, 1)[:, real].unsqueeze(0))
+    return Attended(out, mass)
+
+
+def _spans(offsets: Tensor, total: int, name: str) -> tuple[list[int], list[int]]:
+    if offsets.dim() != 1 or offsets.numel() < 1 or offsets.is_floating_point():
+        raise ValueError(f"{name} must be integers [N + 1], got {offsets.dtype} {list(offsets.shape)}")
+    at = offsets.tolist()
+    if at[0] != 0 or at[-1] != total or any(b < a for a, b in zip(at, at[1:])):
+        raise ValueError(
+            f"{name} must rise from 0 to {total}, the packed length; got {at[:8]}{'...' if len(at) > 8 else ''}"
+        )
+    return at[:-1], [b - a for a, b in zip(at, at[1:])]
+
+
+def _rows(starts: list[int], lengths: list[int], device) -> tuple[Tensor, Tensor]:
+    # Padding stands on the left, so that the last query still meets the last key when their lengths differ.
+    longest = max(lengths)
+    start = torch.tensor(starts, device=device)[:, None]
+    length = torch.tensor(lengths, device=device)[:, None]
+    at = torch.arange(longest, device=device)[None, :] - (longest - length)
+    return start + at.clamp(min=0), at >= 0
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """[1, H, T, D] at rows [n, L] -> [n, H, L, D]."""
+    return x[0][:, rows].transpose(0, 1)

@@ -1,0 +1,148 @@
+"""Names -> variants: what there is, what each takes, and how to build one.
+
+A variant is a class in `core/attention/variants/` under the decorator
+
+    @register("window", summary="softmax over the nearest keys", source="Beltagy et al. 2020, arXiv:2004.05150")
+    class WindowAttention(Variant):
+        def __init__(self, heads: Heads, *, window: int = 64): ...
+
+Its options are the keyword-only parameters of `__init__`, so their names and defaults are written once. This module
+reads them from the source files without running them: listing variants and checking a recipe never loads torch.
+Variants registered at run time by other packages are read from the class itself.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue: a variant's name, purpose, paper and options with their defaults."""
+
+    name: str
+    summary: str
+    source: str
+    options: dict[str, Any] = field(default_factory=dict)
+    module: str = ""
+
+
+_registered: dict[str, type] = {}
+_entries: dict[str, Entry] = {}
+
+
+def register(name: str, *, summary: str, source: str) -> Callable[[type], type]:
+    """Class decorator: put a variant into the catalogue under `name`.
+
+    Args:
+        name: the word users type; lower case, unique.
+        summary: one line for `longspan list variants`.
+        source: paper or origin.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+
+    def keep(cls: type) -> type:
+        taken = _registered.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"attention {name!r} is already registered by {taken.__module__}.{taken.__qualname__}")
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        cls.name = name
+        _registered[name] = cls
+        _entries[name] = Entry(name, summary, source, options, cls.__module__)
+        return cls
+
+    return keep
+
+
+def available() -> tuple[str, ...]:
+    """Names of all variants, sorted; torch is not loaded."""
+    return tuple(sorted({**_shipped(), **_entries}))
+
+
+def entry(name: str) -> Entry:
+    """The catalogue's line for `name`.
+
+    Raises:
+        ValueError: there is no such variant (the text shows the nearest spelling and all names).
+    """
+    found = _entries.get(name) or _shipped().get(name)
+    if found is None:
+        known = available()
+        raise ValueError(f"unknown attention {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return found
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `name` is a variant and every key of `options` is one of its options."""
+    known = entry(name).options
+    for option in options:
+        if option not in known:
+            takes = f"it takes {', '.join(sorted(known))}" if known else "it takes no options"
+            raise ValueError(f"attention {name!r} has no option {option!r}{nearest(option, known)}; {takes}")
+
+
+def variant_class(name: str) -> type:
+    """The class behind `name`; imports its file (and so torch)."""
+    found = entry(name)
+    if name not in _registered:
+        import_module(found.module)
+    return _registered[name]
+
+
+def build(name: str, heads: Any, **options: Any) -> Any:
+    """Build the variant `name` for these heads.
+
+    Args:
+        name: one of `available()`.
+        heads: a `core.attention.contract.Heads` (number of query and key heads, their widths).
+        **options: the variant's own options; `entry(name).options` lists them with defaults.
+
+    Returns:
+        The variant, an `nn.Module` from (q, k, v) to `Attended`.
+
+    Raises:
+        ValueError: unknown name or option, or a value that the variant refuses.
+    """
+    check(name, options)
+    return variant_class(name)(heads, **options)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """ " (did you mean 'linear'?)" when a choice is spelled like `word`, else the empty string."""
+    close = get_close_matches(str(word).lower(), list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@cache
+def _shipped() -> dict[str, Entry]:
+    """The variants of this package, read from their source files without importing them."""
+    found = {}
+    for path in sorted((Path(__file__).parent / "variants").glob("**/*.py")):
+        module = ".".join(
+            ("core.attention.variants", *path.relative_to(Path(__file__).parent / "variants").with_suffix("").parts)
+        )
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                for call in node.decorator_list:
+                    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
+                        name = ast.literal_eval(call.args[0])
+                        words = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+                        found[name] = Entry(name, words["summary"], words["source"], _options(node), module)
+    return found
+
+
+def _options(cls: ast.ClassDef) -> dict[str, Any]:
+    for node in cls.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            defaults = [None if value is None else ast.literal_eval(value) for value in node.args.kw_defaults]
+            return {argument.arg: value for argument, value in zip(node.args.kwonlyargs, defaults)}
+    return {}

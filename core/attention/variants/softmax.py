@@ -1,0 +1,209 @@
+r"""Softmax attention, the yardstick.
+
+    s_ij = scale q_i.k_j + b_ij,    o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij),    log_mass_i = log sum_j exp(s_ij)
+
+Time L M, memory linear. Its decoding state is the cache of all keys and values.
+
+Source:
+    Vaswani et al. 2017, arXiv:1706.03762
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.attention.backends import implementation, resolve
+from core.attention.blocked.softmax import softmax_forward
+from core.attention.contract import (
+    Attended,
+    Cost,
+    Heads,
+    State,
+    Variant,
+    check_inputs,
+    hide,
+    repeat_heads,
+    visible,
+)
+from core.attention.positions import alibi_bias
+from core.attention.registry import register
+
+
+def reference(q, k, v, seen, scale, bias=None) -> Attended:
+    """The definition, dense: q [B, H, L, D], k and v [B, H, M, .], seen bool broadcast to [B, H, L, M]."""
+    s = scale * q @ k.transpose(-1, -2)
+    s = (s if bias is None else s + bias).masked_fill(~seen, -torch.inf)
+    empty = ~seen.any(-1, keepdim=True)
+    p = torch.softmax(s.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    mass = torch.logsumexp(s.masked_fill(empty, 0.0), dim=-1, keepdim=True).masked_fill(empty, -torch.inf)
+    return Attended(p @ v, mass.squeeze(-1))
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_mass: bool = False,
+    backend: str = "auto",
+) -> Tensor | Attended:
+    """Attention with exponential weights: every query reads a mean of the values it is most similar to.
+
+    Args:
+        q: queries [B, H, L, D].
+        k: keys [B, K, M, D]; H is a multiple of K, query head h reads key head h // (H // K).
+        v: values [B, K, M, E].
+        causal: query i sees key j iff j <= i + M - L (the last query sees the last key).
+        key_mask: bool [B, M], True where a key is real; padding may hold anything, NaN included.
+        bias: added to the scores, broadcastable to [B, H, L, M]; receives a gradient.
+        slopes: [H] ALiBi slopes; adds -slope_h |i + M - L - j| without an [L, M] tensor.
+        scale: factor of the scores, default 1/sqrt(D).
+        dropout: probability of dropping a weight, applied after normalisation.
+        return_mass: return `Attended` with the log mass.
+        backend: "auto", "sdpa", "torch" or "reference".
+
+    Returns:
+        [B, H, L, E] in the dtype of v, or `Attended`. A query that sees no key gives 0 and mass -inf.
+
+    Raises:
+        ValueError: shapes disagree, or the backend cannot serve the request.
+    """
+    check_inputs(q, k, v, key_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    square = not causal or q.shape[2] == k.shape[2] or q.shape[2] == 1
+    asked = {
+        "mass": return_mass,
+        "dropout": dropout > 0,
+        "alibi": slopes is not None,
+        "causal with a mask or bias": causal and q.shape[2] > 1 and (key_mask is not None or bias is not None),
+        "causal with L != M": not square,
+    }
+    needs = tuple(name for name, wanted in asked.items() if wanted)
+    choice = resolve("softmax", backend, q.device.type, q.dtype, needs)
+    k, v = hide(k, key_mask), hide(v, key_mask)
+    attended = choice.run(q, k, v, causal, key_mask, bias, slopes, scale, dropout)
+    return attended if return_mass else attended.out
+
+
+@implementation(
+    "softmax", "reference", serves=("mass", "dropout", "alibi", "causal with a mask or bias", "causal with L != M")
+)
+def _reference(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
+    seen = visible(q.shape[2], k.shape[2], causal=causal, key_mask=key_mask, device=q.device)
+    if slopes is not None:
+        penalty = alibi_bias(slopes.to(q.dtype), q.shape[2], k.shape[2])
+        bias = penalty if bias is None else bias + penalty
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    if dropout:
+        identity = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+        p, mass = reference(q, k, identity, seen, scale, bias)
+        return Attended(F.dropout(p, dropout) @ v, mass)
+    return reference(q, k, v, seen, scale, bias)
+
+
+@implementation("softmax", "sdpa", serves=("dropout",))
+def _sdpa(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if bias is not None:
+        mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)
+        mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
+    grouped = q.shape[1] != k.shape[1]
+    causal = causal and q.shape[2] > 1  # a single query sees every key
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    if key_mask is not None:  # SDPA backends disagree on rows without a key
+        out = torch.where(key_mask.any(-1)[:, None, None, None], out, 0.0)
+    return Attended(out, None)
+
+
+@implementation("softmax", "torch", serves=("mass", "alibi", "causal with a mask or bias", "causal with L != M"))
+def _torch(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
+    return Attended(*softmax_forward(q, k, v, key_mask, bias, slopes, causal, scale))
+
+
+@register(
+    "softmax",
+    summary="every query weighs every key by exp(q.k); exact, quadratic",
+    source="Vaswani et al. 2017, arXiv:1706.03762",
+)
+class SoftmaxAttention(Variant):
+    """Softmax over all visible keys; the decoding state is the cache of keys and values."""
+
+    can = frozenset({"causal", "bidirectional", "cross", "recurrent", "mass", "dropout"})
+    positions = frozenset({"rope", "alibi"})
+
+    def __init__(self, heads: Heads):
+        super().__init__(heads)
+
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        causal=False,
+        key_mask=None,
+        rotary=None,
+        slopes=None,
+        dropout=0.0,
+        return_mass=False,
+        backend="auto",
+    ) -> Attended:
+        if rotary is not None:
+            q, k = rotary[0](q), rotary[1](k)
+        given = softmax_attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            key_mask=key_mask,
+            slopes=slopes,
+            dropout=dropout,
+            return_mass=return_mass,
+            backend=backend,
+        )
+        return given if isinstance(given, Attended) else Attended(given, None)
+
+    def init_state(self, batch: int, *, device=None, dtype=None) -> State:
+        def empty(width):
+            return torch.empty(batch, self.heads.key, 0, width, device=device, dtype=dtype)
+
+        return {
+            "keys": empty(self.heads.width),
+            "values": empty(self.heads.value_width),
+            "mask": torch.empty(batch, 0, dtype=torch.bool, device=device),
+        }
+
+    def resume(self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto"):
+        if rotary is not None:
+            q, k = rotary[0](q), rotary[1](k)
+        if key_mask is None:
+            key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+        new = {
+            "keys": torch.cat((state["keys"], hide(k, key_mask)), 2),
+            "values": torch.cat((state["values"], hide(v, key_mask)), 2),
+            "mask": torch.cat((state["mask"], key_mask), 1),
+        }
+        out = softmax_attention(
+            q, new["keys"], new["values"], causal=True, key_mask=new["mask"], slopes=slopes, backend=backend
+        )
+        return Attended(out, None), new
+
+    def cost(self, batch, length, keys=None, *, causal=False, element_bytes=4) -> Cost:
+        keys = length if keys is None else keys
+        h = self.heads
+        seen = (keys - (length - 1) / 2) if causal else keys  # mean over the queries, bottom-right aligned
+        return Cost(
+            flops=round(2 * batch * h.query * length * seen * (h.width + h.value_width)),
+            bytes_moved=batch * element_bytes * (h.query * length + h.key * keys) * (h.width + h.value_width),
+            state_bytes=batch * keys * (h.key * element_bytes * (h.width + h.value_width) + 1),
+        )

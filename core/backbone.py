@@ -1,0 +1,333 @@
+"""Pre-norm stacks around `Attention`: a block, an encoder (bidirectional or causal), a decoder with cross-attention.
+
+    x = x + dropout(attention(norm(x)));   [x = x + dropout(cross(norm(x), context));]   x = x + dropout(mlp(norm(x)))
+
+Which attention stands in which layer is a word, see `core.layout`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from core.attention.contract import Cost, State
+from core.attention.layer import Attention
+from core.attention.positions import LearnedPositions, sinusoidal
+from core.attention.registry import nearest
+from core.layout import expand_layout
+
+INPUT_POSITIONS = ("sinusoidal", "learned")
+POSITIONS = (*INPUT_POSITIONS, "rope", "rope2d", "alibi")
+
+
+class MLP(nn.Sequential):
+    """Two linear maps with a GELU between them, applied to each position."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+        for layer in (self[0], self[3]):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: self-attention, optional cross-attention, MLP.
+
+    Args:
+        dim: C.   heads: number of heads.   attention: `{"variant": name, **options}`.
+        cross: the same for cross-attention; None: no cross-attention.
+        mlp_dim: hidden width of the MLP.
+        dropout: on each branch before it is added.
+        **layer: further arguments of the self-attention (`causal`, `positions`, `qk_norm`, `num_kv_heads`, `backend`).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        attention: Mapping[str, Any],
+        *,
+        mlp_dim: int,
+        dropout: float = 0.0,
+        cross: Mapping[str, Any] | None = None,
+        **layer,
+    ):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads, **attention, **layer)
+        self.cross_norm = self.cross = None
+        if cross is not None:
+            self.cross_norm = nn.LayerNorm(dim)
+            self.cross = Attention(dim, heads, **cross, backend=layer.get("backend", "auto"))
+            self.cross._require("cross")
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, mlp_dim, dropout)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        coordinates: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, C] -> [B, L, C]; context [B, M, C] for a block with cross-attention."""
+        y = self.attention(self.attention_norm(x), key_mask=key_mask, cu_seqlens=cu_seqlens, coordinates=coordinates)
+        return self._rest(x + self.drop(y), context, context_mask)
+
+    def prefill(self, x: Tensor, state: State, context: Tensor | None = None, context_mask: Tensor | None = None):
+        """Causal continuation of x [B, L, C] from `state`; gives (y, new state)."""
+        y, state = self.attention.prefill(self.attention_norm(x), state)
+        return self._rest(x + self.drop(y), context, context_mask), state
+
+    def _rest(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
+        if self.cross is not None:
+            if context is None:
+                raise ValueError("this block has cross-attention and needs a context [B, M, C]")
+            x = x + self.drop(self.cross(self.cross_norm(x), context, key_mask=context_mask))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+class _Stack(nn.Module):
+    """What encoder and decoder share: input positions, blocks, final norm, recomputation, cost."""
+
+    def __init__(
+        self,
+        dim,
+        depth,
+        heads,
+        attention,
+        *,
+        layout,
+        causal,
+        positions,
+        mlp_dim,
+        dropout,
+        qk_norm,
+        checkpoint,
+        backend,
+        num_kv_heads,
+        max_length,
+        cross=None,
+    ):
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        if positions is not None and positions not in POSITIONS:
+            raise ValueError(
+                f"unknown positions {positions!r}{nearest(positions, POSITIONS)}; known: None, {', '.join(POSITIONS)}"
+            )
+        if positions == "learned" and max_length is None:
+            raise ValueError("positions='learned' needs max_length, the length of the table")
+        self.dim, self.checkpoint, self.causal, self.positions = dim, checkpoint, causal, positions
+        self.layers = expand_layout(attention, layout, depth)
+        inside = None if positions in INPUT_POSITIONS else positions
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                heads,
+                chosen,
+                mlp_dim=mlp_dim or 4 * dim,
+                dropout=dropout,
+                cross=cross,
+                causal=causal,
+                positions=inside,
+                qk_norm=qk_norm,
+                num_kv_heads=num_kv_heads,
+                backend=backend,
+            )
+            for chosen in self.layers
+        )
+        self.table = LearnedPositions(max_length, dim) if positions == "learned" else None
+        self.drop = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def cost(self, batch: int, length: int, context: int | None = None) -> Cost:
+        """Cost of one forward pass over [batch, length] (and a context of that length), all layers."""
+        total = Cost(parameters=sum(p.numel() for p in self.parameters()))
+        for block in self.blocks:
+            parts = [block.attention.cost(batch, length)]
+            if block.cross is not None:
+                parts.append(block.cross.cost(batch, length, length if context is None else context))
+            hidden = block.mlp[0].out_features
+            parts.append(Cost(flops=4 * batch * length * self.dim * hidden))
+            total = sum((Cost(p.flops, p.bytes_moved, p.state_bytes) for p in parts), total)
+        return total
+
+    def init_state(self, batch_size: int) -> list[State]:
+        """One decoding state per layer."""
+        return [block.attention.init_state(batch_size) for block in self.blocks]
+
+    def prefill(
+        self, x: Tensor, states: list[State], context: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """Read x [B, L, C] after what the states hold; any split gives what one forward over the whole gives."""
+        start = states[0]["position"][:, None]
+        x = self._place(x, None, None, start)
+        new = []
+        for block, state in zip(self.blocks, states):
+            x, state = block.prefill(x, state, context, context_mask)
+            new.append(state)
+        return self.norm(x), new
+
+    def step(self, x: Tensor, states: list[State], context: Tensor | None = None, context_mask: Tensor | None = None):
+        """One token, x [B, C] -> (y [B, C], new states)."""
+        y, states = self.prefill(x.unsqueeze(1), states, context, context_mask)
+        return y.squeeze(1), states
+
+    def _place(self, x, key_mask, cu_seqlens, start=None) -> Tensor:
+        """Add the input positions; they restart in a pack and do not count padding."""
+        if self.positions not in INPUT_POSITIONS:
+            return x
+        at = torch.arange(x.shape[1], device=x.device)
+        if start is not None:
+            at = at + start
+        elif cu_seqlens is not None:
+            starts = cu_seqlens.to(at.device)
+            at = at - starts[torch.searchsorted(starts, at, right=True) - 1]
+        elif key_mask is not None:
+            at = (key_mask.cumsum(-1) - 1).clamp(min=0)
+        if self.positions == "sinusoidal":
+            return self.drop(x + sinusoidal(at, self.dim).to(x.dtype))
+        known = self.table.table.shape[0]
+        if start is None and cu_seqlens is None and key_mask is None:
+            return self.drop(x + self.table(x.shape[1]))
+        last = x.shape[1] + (0 if start is None else int(start.max()))
+        if last > known:
+            raise ValueError(
+                f"learned positions reach {known}, this input needs {last}; build with a larger max_length "
+                f"(only plain batches, without mask, pack or state, are resampled)"
+            )
+        return self.drop(x + self.table.table[at])
+
+    def _run(self, x: Tensor, *args, **kwargs) -> Tensor:
+        for block in self.blocks:
+            if self.checkpoint and self.training and torch.is_grad_enabled():
+                x = recompute(block, x, *args, use_reentrant=False, **kwargs)
+            else:
+                x = block(x, *args, **kwargs)
+        return self.norm(x)
+
+
+class Encoder(_Stack):
+    """A stack of self-attention blocks, [B, L, C] -> [B, L, C], final norm included.
+
+    Args:
+        dim: C.   depth: number of blocks.   heads: heads per block, dividing dim.
+        attention: `{"variant": name, **options}` for all layers, or one such per layout letter.
+        layout: a word of letters repeated over the depth, see `core.layout`; None: the same attention everywhere.
+        causal: a position sees its past only; then `init_state`, `prefill` and `step` decode.
+        positions: None, "sinusoidal", "learned" (added to the input), "rope", "rope2d", "alibi" (inside attention).
+        mlp_dim: hidden width of the MLP, default 4 dim.
+        dropout: on every branch and on the positioned input.
+        qk_norm: RMS-normalise queries and keys.
+        checkpoint: recompute each block in the backward pass: memory of one block instead of `depth`.
+        num_kv_heads: key heads, dividing heads.   max_length: size of the learned position table.
+        backend: attention backend, "auto" chooses.
+
+    Raises:
+        ValueError: anything the layout, the variant or the head count refuses.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        attention: Mapping[str, Any],
+        *,
+        layout: str | None = None,
+        causal: bool = False,
+        positions: str | None = None,
+        mlp_dim: int | None = None,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        checkpoint: bool = False,
+        num_kv_heads: int | None = None,
+        max_length: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            dim,
+            depth,
+            heads,
+            attention,
+            layout=layout,
+            causal=causal,
+            positions=positions,
+            mlp_dim=mlp_dim,
+            dropout=dropout,
+            qk_norm=qk_norm,
+            checkpoint=checkpoint,
+            num_kv_heads=num_kv_heads,
+            max_length=max_length,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        coordinates: Tensor | None = None,
+    ) -> Tensor:
+        """Encode x [B, L, C]; key_mask bool [B, L], True where a token is real; cu_seqlens [N + 1] for packs."""
+        x = self._place(x, key_mask, cu_seqlens)
+        return self._run(x, key_mask=key_mask, cu_seqlens=cu_seqlens, coordinates=coordinates)
+
+
+class Decoder(_Stack):
+    """A causal stack whose blocks also attend to an encoder's output.
+
+    Args:
+        cross: attention of the cross-attention, `{"variant": name, **options}`; default softmax.
+        Everything else as in `Encoder`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        attention: Mapping[str, Any],
+        *,
+        cross: Mapping[str, Any] | None = None,
+        layout: str | None = None,
+        positions: str | None = None,
+        mlp_dim: int | None = None,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        checkpoint: bool = False,
+        num_kv_heads: int | None = None,
+        max_length: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            dim,
+            depth,
+            heads,
+            attention,
+            layout=layout,
+            causal=True,
+            positions=positions,
+            mlp_dim=mlp_dim,
+            dropout=dropout,
+            qk_norm=qk_norm,
+            checkpoint=checkpoint,
+            num_kv_heads=num_kv_heads,
+            max_length=max_length,
+            backend=backend,
+            cross={"variant": "softmax"} if cross is None else cross,
+        )
+
+    def forward(
+        self, x: Tensor, context: Tensor, *, key_mask: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """Decode x [B, L, C] given context [B, M, C]; masks are True where a token is real."""
+        return self._run(self._place(x, key_mask, None), context, key_mask=key_mask, context_mask=context_mask)
