@@ -1,0 +1,114 @@
+"""What the pages say is done here: commands are parsed, the cheap ones run, examples are executed, tables are current."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.training.command import parser
+from core.training.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for pattern in ("*.md", "docs/**/*.md", "core/**/*.md", "apps/**/*.md", "benchmarks/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+}
+CHEAP = {"list", "show", "cp", "schema", "doctor"}
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Fenced blocks in one of these languages, also indented ones."""
+    found = re.findall(r"^( *)```(\w+)\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
+    return [body for _, language, body in found if language in languages]
+
+
+def longspan_commands(text: str) -> list[str]:
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    commands = []
+    for line in lines:
+        found = re.search(r"(?:^|&& )\s*(?:\S*/bin/)?longspan (.*?)(?:\s+#.*)?$", line)
+        if found:
+            commands.append(found[1].strip())
+    return commands
+
+
+COMMANDS = sorted({(command, page) for page, text in PAGES.items() for command in longspan_commands(text)})
+
+
+def test_the_walk_finds_pages_and_commands():
+    assert {"README.md", "docs/attention.md", "apps/README.md"} <= set(PAGES)
+    assert len(COMMANDS) > 15
+    assert longspan_commands("```bash\nx && .venv/bin/longspan list \\\n  apps   # all\n```") == ["list   apps"]
+
+
+@pytest.mark.parametrize(("command", "page"), COMMANDS)
+def test_a_command_on_a_page_is_understood(command, page):
+    arguments = parser().parse_args(shlex.split(command))
+    recipe = getattr(arguments, "recipe", None)
+    if recipe is not None and not recipe.endswith(".yaml"):
+        load_recipe(recipe, getattr(arguments, "overrides", ()))
+
+
+def test_a_wrong_command_is_not_understood(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["fitt", "timeseries/demo"])
+    with pytest.raises(SystemExit):
+        parser().parse_args(["fit", "timeseries/demo", "--run_dirr", "x"])
+
+
+@pytest.mark.parametrize("command", sorted({command for command, _ in COMMANDS if command.split()[0] in CHEAP}))
+def test_a_cheap_command_runs(command, tmp_path):
+    arguments = [sys.executable, "-m", "apps", *shlex.split(command)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + "".join(path.read_text() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+def test_examples_on_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = "\n".join(blocks(PAGES[page], "python"))
+    exec(compile(program, page, "exec"), {"__name__": "__main__"})
+
+
+# --- README -------------------------------------------------------------------------------------------------------------
+
+
+def setup_commands() -> list[str]:
+    return [line for line in "".join(blocks(README, "bash")).splitlines() if line.startswith("python -m venv")]
+
+
+def test_first_command_stands_by_line_15_and_the_page_is_short():
+    lines = README.splitlines()
+    assert lines.index("```bash") + 2 <= 15
+    assert lines[lines.index("```bash") + 1] == setup_commands()[0]
+    assert len(lines) <= 150
+
+
+def test_two_commands_do_all_the_setting_up_and_ci_runs_the_second():
+    first, second = setup_commands()
+    assert first.endswith("longspan fit timeseries/demo")
+    assert second.endswith("-m pytest")
+    shown = subprocess.run(
+        ["bash", ".ci/run", "--print"], cwd=ROOT, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    )
+    assert shown.stdout == second + "\n"
+    for command in (first, second):
+        assert "uv pip install" in command, "plain pip may pick a torch without CUDA"
+        assert "-c requirements/constraints.txt" in command
+
+
+def test_the_map_names_what_is_there():
+    for name in re.findall(r"^\| `([\w./]+)`", README.split("## Map")[1].split("\n## ")[0], re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_table_of_variants_is_current():
+    made = runpy.run_path(str(ROOT / "docs" / "make_variants.py"))["page"]()
+    assert (ROOT / "docs" / "variants.md").read_text() == made, "run: python docs/make_variants.py"

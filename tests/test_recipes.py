@@ -1,0 +1,140 @@
+"""Every recipe of every app: it parses, its head can be checked, and the command lists it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from core.training.app import apps
+from core.training.errors import UserError
+from core.training.recipe import dump, find_recipe, load_recipe, recipes, schema
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {
+    f"{path.parts[-3]}/{path.stem}": path
+    for path in sorted((ROOT / "apps").rglob("*.y*ml"))
+    if path.parts[-2] == "recipes"
+}
+
+
+def test_the_walk_and_the_command_find_the_same_recipes():
+    stray = [path for path in (ROOT / "apps").rglob("*.y*ml") if path not in FILES.values()]
+    assert stray == [], "a YAML file that no command can name"
+    assert len(FILES) >= 9, "the walk found too few recipes"
+    assert [ref for ref, _, _ in recipes()] == sorted(FILES)
+    listed = subprocess.run(
+        [sys.executable, "-m", "apps", "list", "recipes"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    for reference in FILES:
+        assert re.search(rf"(?<!\S){re.escape(reference)}(?!\S)", listed), f"{reference} is not listed:\n{listed}"
+
+
+@pytest.mark.parametrize("reference", FILES)
+def test_recipe_parses_and_is_complete(reference):
+    recipe = load_recipe(reference)
+    assert reference.split("/")[0] == recipe.app
+    # What is written beside the results says the same as what was read.
+    again = yaml.safe_load(dump(recipe))
+    assert type(recipe).model_validate_json(json.dumps(again)) == recipe
+    jsonschema.validate(yaml.safe_load(FILES[reference].read_text()), schema(recipe.app))
+    jsonschema.validate(again, schema(recipe.app))
+
+
+@pytest.mark.parametrize("name", apps())
+def test_the_schema_refuses_what_the_loader_refuses(name):
+    reference = f"{name}/demo"
+    values = yaml.safe_load(find_recipe(reference)[0].read_text())
+    values["trainer"] = {**values.get("trainer", {}), "epochz": 3}
+    with pytest.raises(jsonschema.ValidationError, match="epochz"):
+        jsonschema.validate(values, schema(name))
+    with pytest.raises(UserError, match=r"trainer\.epochz.*did you mean 'epochs'"):
+        load_recipe(reference, ["trainer.epochz=3"])
+
+
+# --- the head: a comment before the first key -------------------------------------------------------------------------
+
+KEYS = ("command", "hardware", "minutes", "memory", "expected", "source")
+
+
+def head_of(text: str) -> tuple[str, dict[str, str]]:
+    """First line, and the `key: value` lines of the head; a value goes on over deeper indented lines."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:])
+    first, values, key = (lines[0].strip() if lines else ""), {}, None
+    for line in lines[1:]:
+        found = re.match(r" (\w+): +(\S.*)$", line)
+        if found:
+            key = found[1]
+            values[key] = found[2]
+        elif key and line.startswith("  "):
+            values[key] += " " + line.strip()
+        else:
+            key = None
+    return first, values
+
+
+def faults(reference: str, text: str, metric: str) -> list[str]:
+    first, head = head_of(text)
+    rules = {
+        "first line is one sentence": 20 <= len(first) <= 110 and first.endswith("."),
+        **{f"has {key}": bool(head.get(key)) for key in KEYS},
+        "command names this recipe": f" {reference}" in head.get("command", ""),
+        "command is longspan": head.get("command", "").startswith("longspan "),
+        "minutes start with a number": bool(re.match(r"(under |about )?\d", head.get("minutes", ""))),
+        "memory is in MB or GB": bool(re.match(r"(under |about )?\d[\d.]* (MB|GB)", head.get("memory", ""))),
+        "expected names the metric with a figure, or the floors for own data": bool(
+            re.search(rf"\b{metric}\b.*\d|floor", head.get("expected", ""))
+        ),
+        "a figure with its spread names its seeds": (
+            "floor" in head.get("expected", "") or bool(re.search(r"\d seeds?\b", head.get("expected", "")))
+        ),
+        "nothing is left unmeasured": "not measured" not in text,
+    }
+    return [rule for rule, kept in rules.items() if not kept]
+
+
+@pytest.mark.parametrize("reference", FILES)
+def test_recipe_head_can_be_checked(reference):
+    metric = apps()[reference.split("/")[0]].metric
+    assert faults(reference, FILES[reference].read_text(), metric) == []
+
+
+GOOD_HEAD = """\
+# Forecast a generated series, two channels, 24 steps ahead.
+#
+# command:   longspan fit x/demo
+# hardware:  2 CPU cores
+# minutes:   1
+# memory:    600 MB
+# expected:  test mse 0.251 +- 0.002 over 3 seeds
+#            (2026-11-21)
+# source:    none: generated data, noise floor 0.25
+app: x
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("ahead.", "ahead", "first line is one sentence"),
+        ("# source:", "# sauce:", "has source"),
+        ("x/demo", "x/other", "command names this recipe"),
+        ("longspan fit", "python -m fit", "command is longspan"),
+        ("   1\n", "   soon\n", "minutes start with a number"),
+        ("600 MB", "little", "memory is in MB or GB"),
+        ("mse 0.251", "error 0.251", "expected names the metric with a figure, or the floors for own data"),
+        ("over 3 seeds", "once", "a figure with its spread names its seeds"),
+        ("0.251 +- 0.002", "not measured yet 0", "nothing is left unmeasured"),
+    ],
+)
+def test_a_faulty_head_is_seen(old, new, fault):
+    assert faults("x/demo", GOOD_HEAD, "mse") == []
+    assert faults("x/demo", GOOD_HEAD.replace(old, new), "mse") == [fault]
