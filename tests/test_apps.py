@@ -1,4 +1,4 @@
-"""The app contract: every app has the same files, an `APP` whose references hold, and a demo that any variant can run."""
+"""The app contract: every app has the same files, an `APP` whose references hold, a demo that runs any variant."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the pages say is done here: commands are parsed, the cheap ones run, examples are executed, tables are current."""
+"""What the pages say is done here: commands are parsed, the cheap ones run, examples run, tables are current."""
 
 import re
 import runpy
@@ -77,7 +77,7 @@ def test_examples_on_a_page_run(page, tmp_path, monkeypatch):
     exec(compile(program, page, "exec"), {"__name__": "__main__"})
 
 
-# --- README -------------------------------------------------------------------------------------------------------------
+# --- README -----------------------------------------------------------------------------------------------------------
 
 
 def setup_commands() -> list[str]:
