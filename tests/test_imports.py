@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "core.backbone": ({"core.attention", "core.layout"}, {"torch"}),
     "core.training": (
         TRAINING_ROOMS,
-        APP_OTHERS | {"jinja2", "safetensors", "yaml"},
+        APP_OTHERS | {"jinja2", "markupsafe", "safetensors", "yaml"},
     ),
     "apps": ({"core.training"}, set()),
     "apps.timeseries": (APP_OURS, APP_OTHERS | {"pandas", "pyarrow"}),
