@@ -1,0 +1,158 @@
+"""What an app's data looks like to training, and the order in which training reads it.
+
+The order is a pure function of (seed, epoch): every attention variant sees the same batches, and a run that was
+killed in the middle of an epoch continues with exactly the batch that it would have seen next.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+
+from core.training.errors import UserError
+
+
+@dataclass
+class Data:
+    """What `build_data` returns.
+
+    Attributes:
+        train: map-style dataset. A dataset may offer `__getitems__(list[int])` that returns a whole batch, which
+            is much faster than item by item and needs no collate.
+        val: the part that picks the best epoch; None: the last epoch counts.
+        test: the part that is reported; None: nothing is.
+        spec: plain JSON types only; all that the model and `predict` need (scaler, channels, vocabulary). It is stored
+            in the checkpoint.
+        summary: plain JSON types only, printed and stored: items used and dropped per part and why, split rule, units.
+        collate: what `__getitems__` returns, or else a list of items -> batch; None: whole batches are taken as they
+            are, items go through `torch.utils.data.default_collate`.
+    """
+
+    train: Dataset
+    val: Dataset | None = None
+    test: Dataset | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    collate: Callable[[list[Any]], Any] | None = None
+
+
+class EpochOrder(Sampler[list[int]]):
+    """Batches of indices in an order that depends on (seed, epoch) and nothing else.
+
+    Args:
+        length: number of items.
+        batch_size: items per batch and rank; the last batch may be smaller, no item is dropped.
+        seed: of the run.
+        shuffle: False keeps 0, 1, 2, ...
+        rank, world: with several processes each takes every `world`-th item; items from the front fill the last
+            round up, so that all take the same number of steps.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int = 0, *, shuffle: bool = True, rank: int = 0, world: int = 1
+    ):
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        self.start = 0  # the batch with which the next iteration begins
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, also when the next iteration begins in its middle."""
+        return -(-self.items // self.batch_size)
+
+    @property
+    def items(self) -> int:
+        """Items that this rank reads in an epoch."""
+        return -(-self.length // self.world)
+
+    def seek(self, epoch: int, batch: int = 0) -> None:
+        """Go to a position; batch `len(self)` is the start of the next epoch."""
+        self.epoch, self.start = (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
+
+    def indices(self) -> torch.Tensor:
+        """This rank's items in the order of the current epoch, [items] int64."""
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.arange(self.length)
+        missing = self.items * self.world - self.length
+        return torch.cat([order, order[:missing]])[self.rank :: self.world] if self.world > 1 else order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, start, self.start = self.indices(), self.start, 0
+        for at in range(start * self.batch_size, len(order), self.batch_size):
+            yield order[at : at + self.batch_size].tolist()
+
+
+def mix(*parts: int) -> int:
+    """A seed from several numbers, so that (seed 0, epoch 1) and (seed 1, epoch 0) have nothing in common."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Loader(DataLoader):
+    """A DataLoader that knows where it is, so that a checkpoint can say which batch comes next.
+
+    The generator is its own: drawing the workers' seeds from torch's would change the dropout masks of a resumed run.
+    """
+
+    def __init__(self, dataset: Dataset, order: EpochOrder, *, collate: Callable | None = None, workers: int = 0):
+        if collate is None:
+            # torch's own Subset has a `__getitems__` too, but it returns a list of items.
+            whole = hasattr(dataset, "__getitems__") and not isinstance(dataset, Subset)
+            collate = whole_batch if whole else default_collate
+        generator = torch.Generator()
+        super().__init__(dataset, batch_sampler=order, collate_fn=collate, num_workers=workers, generator=generator)
+        self.order = order
+        self._epoch = self._batch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._epoch, self._batch = self.order.epoch, self.order.start
+        assert isinstance(self.generator, torch.Generator)
+        self.generator.manual_seed(mix(self.order.seed, self.order.epoch, 1))
+        return self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        # Counts what was handed out, not what the workers have fetched ahead.
+        for batch in batches:
+            self._batch += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and batches of it that were handed out."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the last batch that was handed out."""
+        self.order.seek(state["epoch"], state["batch"])
+
+
+def whole_batch(batch: Any) -> Any:
+    """The collate of datasets that return whole batches (a function, not a lambda: workers pickle it)."""
+    return batch
+
+
+def size(dataset: Dataset, part: str) -> int:
+    """Number of items; an empty part is the user's error, not a division by zero later."""
+    length = len(dataset)  # type: ignore[arg-type]
+    if length == 0:
+        raise UserError(f"the {part} part of the data has no items")
+    return length
+
+
+def train_loader(data: Data, *, batch_size: int, seed: int, workers: int = 0, rank: int = 0, world: int = 1) -> Loader:
+    """The training part in its (seed, epoch) order."""
+    order = EpochOrder(size(data.train, "train"), batch_size, seed, rank=rank, world=world)
+    return Loader(data.train, order, collate=data.collate, workers=workers)
+
+
+def eval_loader(data: Data, part: str, *, batch_size: int, workers: int = 0) -> Loader:
+    """The `val` or `test` part from first to last, nothing dropped."""
+    dataset = getattr(data, part)
+    return Loader(
+        dataset, EpochOrder(size(dataset, part), batch_size, shuffle=False), collate=data.collate, workers=workers
+    )

@@ -1,0 +1,80 @@
+"""Where messages go: log.txt always, the terminal if there is one; and which of Lightning's are left out, and why."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+OURS = ("core", "apps")
+
+# What Lightning says about every run of ours, by the start of its text, with the reason why it is left out.
+HARMLESS = (
+    # Data in memory is read fastest without worker processes; `trainer.workers` is there for other data.
+    r"The '\w+_dataloader' does not have many workers",
+    # The recipe chooses the accelerator; environment.json says which it was.
+    r"GPU available but not used",
+    # On purpose: `fit` continues from a checkpoint in the folder that it writes to.
+    r"Checkpoint directory .* exists and is not empty",
+    # Frozen parts of an app's model stay in evaluation mode on purpose.
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    # torch renamed a class of its tree utilities that Lightning 2.6 still uses.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Inside, Lightning's notes on hardware and tips are off, and so are the warnings of `HARMLESS`; others pass."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in HARMLESS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is reported by the next checkpoint, once, instead of by a traceback per line of the log."""
+
+
+class _Terminal(logging.Handler):
+    def __init__(self, console: Console):
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(record.getMessage(), markup=False, highlight=False)
+
+
+@contextmanager
+def logging_to(path: Path, console: Console | None) -> Iterator[None]:
+    """Inside, messages of core and apps, and warnings, are added to the file; to the terminal too if there is one."""
+    file = _LogFile(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handlers: list[logging.Handler] = [file, *([_Terminal(console)] if console else [])]
+    loggers = [logging.getLogger(name) for name in OURS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        for handler in handlers:
+            logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before):
+            logger.setLevel(level)
+            logger.propagate = propagate
+            for handler in handlers:
+                logger.removeHandler(handler)
+        file.close()

@@ -1,0 +1,287 @@
+"""Recipes: what a YAML file and `key=value` on the command line may say, and how they are read.
+
+Defaults < recipe file < overrides. Every mistake is a `UserError` of one line that names the file, the dotted key and
+the nearest spelling. No torch here.
+
+YAML is read by the rules that people expect: `1e-3` is a number, `no` and dates are words, a key given twice is an
+error (PyYAML takes the first for a string, the second for false, the third for the last one).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+
+from core.attention.registry import available, entry, nearest
+from core.layout import expand_layout
+from core.training.app import App, apps, get_app
+from core.training.errors import UserError
+from core.training.sections import AttentionSection, BackboneSection, OptimSection, Section, TrainerSection
+
+__all__ = [
+    "AttentionSection",
+    "BackboneSection",
+    "OptimSection",
+    "Recipe",
+    "Section",
+    "TrainerSection",
+    "build_recipe",
+    "dump",
+    "find_recipe",
+    "load_recipe",
+    "recipes",
+    "schema",
+]
+
+
+class Recipe(Section):
+    """One run, completely: apps subclass this with their own `data` and `model` sections."""
+
+    app: str
+    """Which app the recipe is for."""
+    attention: AttentionSection = Field(default_factory=lambda: {"variant": "softmax"})
+    """The variant with its options, or a mapping from the letters of backbone.layout to variants."""
+    backbone: BackboneSection = Field(default_factory=BackboneSection)
+    """The stack of blocks around the attention."""
+    data: Section = Field(default_factory=Section)
+    """Where the data comes from and how it is cut."""
+    model: Section = Field(default_factory=Section)
+    """What the app puts around the backbone."""
+    optim: OptimSection = Field(default_factory=OptimSection)
+    """The optimiser."""
+    trainer: TrainerSection = Field(default_factory=TrainerSection)
+    """The loop."""
+    seed: int = Field(0, ge=0)
+    """Of weights, data order and dropout."""
+
+    _source: str = PrivateAttr("recipe")
+
+    @property
+    def source(self) -> str:
+        """Reference or path that this recipe was loaded from; "recipe" when it was made in Python."""
+        return self._source
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> Self:
+        expand_layout(self.attention, self.backbone.layout, self.backbone.depth)
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with 1e-3 as a number, only true and false as booleans, no dates, no duplicate keys."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for at, key in enumerate(keys):
+            if key in keys[:at]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    "-+0123456789.",
+)
+
+
+def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key=value` overrides, and check all of it.
+
+    Args:
+        reference: "app/name" of a shipped recipe, or the path of a YAML file.
+        overrides: "dotted.key=value"; the value is read as YAML and replaces what was there. `attention=linear`
+            switches the variant and keeps those options that the new one has; it drops backbone.layout.
+
+    Returns:
+        The app's own subclass of Recipe.
+
+    Raises:
+        UserError: no such recipe, or any mistake in it, with file, dotted key and nearest spelling.
+    """
+    path, source = find_recipe(reference)
+    values = read_yaml(path)
+    return build_recipe(values, overrides, source=source)
+
+
+def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
+    """A recipe from plain values, as `load_recipe` does after reading its file."""
+    if "app" not in values:
+        raise UserError(f"{source}: the key 'app' is missing; write 'app: NAME', known apps: {', '.join(apps())}")
+    schema = recipe_class(values["app"], source)
+    given = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {override!r} must have the form key=value, such as optim.lr=1e-3")
+        key = key.strip()
+        if key == "app":
+            raise UserError(f"override {override!r}: a recipe belongs to its app; choose another recipe instead")
+        given[key] = override
+        _put(values, key, _value(override, text), schema)
+    try:
+        # By way of JSON: strict there means no "64" for 64, while paths, dates and tuples are written as YAML has them.
+        recipe = schema.model_validate_json(json.dumps(values), strict=True)
+    except TypeError as error:
+        raise UserError(f"{source}: only plain YAML values can stand in a recipe ({error})") from error
+    except ValidationError as error:
+        lines = dict.fromkeys(_line(problem, schema, values, source, given) for problem in error.errors())
+        raise UserError("\n".join(lines)) from error
+    recipe._source = source
+    return recipe
+
+
+def recipe_class(app: Any, source: str) -> type[Recipe]:
+    """The schema of the app called `app`."""
+    if app not in apps():
+        raise UserError(
+            f"{source}: app: unknown app {app!r}{nearest(app, apps())}; known: {', '.join(apps()) or 'none'}"
+        )
+    found = get_app(app).part("recipe")
+    if not (isinstance(found, type) and issubclass(found, Recipe)):
+        raise UserError(f"app {app!r}: {get_app(app).recipe} must be a subclass of core.training.recipe.Recipe")
+    return found
+
+
+def find_recipe(reference: str | Path) -> tuple[Path, str]:
+    """File of a recipe, and how to speak of it: its reference, or the path as it was given."""
+    text = str(reference)
+    shipped = {ref: path for ref, path, _ in recipes()}
+    if text in shipped:
+        return shipped[text], text
+    path = Path(text)
+    if path.is_file():
+        return path, text
+    if path.suffix in (".yaml", ".yml"):
+        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UserError(f"there is no recipe file {text!r}{nearest(path.name, beside)}")
+    app, slash, _ = text.partition("/")
+    if slash and app in apps():
+        names = [ref.partition("/")[2] for ref in shipped if ref.startswith(app + "/")]
+        raise UserError(f"unknown recipe {text!r}{nearest(text, shipped)}; {app} has: {', '.join(names) or 'none'}")
+    raise UserError(
+        f"unknown recipe {text!r}{nearest(text, shipped)}; known: {', '.join(shipped) or 'none'}, or a YAML file"
+    )
+
+
+def recipes() -> list[tuple[str, Path, str]]:
+    """(reference, file, first line of its head comment) of every shipped recipe, sorted by app and name."""
+    found = []
+    for app in apps().values():
+        for path in sorted((app.folder / "recipes").glob("*.yaml")):
+            with path.open(encoding="utf-8") as file:
+                first = file.readline().strip()
+            found.append((f"{app.name}/{path.stem}", path, first.lstrip("# ") if first.startswith("#") else ""))
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a syntax error is told with line and column."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{at}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML text file ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a mapping of keys such as 'app: timeseries', got {type(values).__name__}")
+    return values
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def schema(app: str | App) -> dict[str, Any]:
+    """JSON Schema of an app's recipes, for editors."""
+    app = get_app(app) if isinstance(app, str) else app
+    return recipe_class(app.name, "schema").model_json_schema()
+
+
+def _value(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it, as in key='\"...\"'") from error
+
+
+def _put(values: dict[str, Any], key: str, value: Any, schema: type[BaseModel]) -> None:
+    """Set a dotted key; missing sections on the way are made, so that the schema can judge the whole path."""
+    *sections, last = key.split(".")
+    if key == "attention":
+        value = _switch(values.get("attention"), value)
+        if isinstance(value, dict) and "variant" in value and isinstance(values.get("backbone"), dict):
+            values["backbone"].pop("layout", None)  # one variant for all layers: the word has lost its meaning
+    for at, section in enumerate(sections):
+        inner = values.get(section)
+        if section == "attention" and at == 0:
+            if inner is None:
+                inner = schema.model_fields["attention"].get_default(call_default_factory=True)
+            inner = {"variant": inner} if isinstance(inner, str) else inner
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"override {key!r}: {'.'.join(sections[: at + 1])} is a value ({inner!r}), not a section")
+        values[section] = values = inner  # type: ignore[assignment]
+    values[last] = value
+
+
+def _switch(old: Any, new: Any) -> Any:
+    """`attention=name`: the new variant with those of the old options that it has too."""
+    if not isinstance(new, str) or new not in available() or not isinstance(old, dict) or "variant" not in old:
+        return new
+    return {"variant": new, **{k: v for k, v in old.items() if k in entry(new).options}}
+
+
+def _line(problem: Any, schema: type[BaseModel], values: dict[str, Any], source: str, given: dict[str, str]) -> str:
+    """One line for one of pydantic's errors: where it was written, the dotted key, what is wrong, what is right."""
+    # Branches of a union and tags of validators appear in pydantic's path: keep what is a key of the user's values.
+    keys: list[str] = []
+    inner: Any = values
+    for part in problem["loc"]:
+        if isinstance(inner, dict) and part in inner:
+            inner = inner[part]
+        elif isinstance(inner, list) and isinstance(part, int):
+            inner = inner[part] if part < len(inner) else None
+        elif problem["type"] != "missing" or part != problem["loc"][-1]:
+            continue
+        keys.append(str(part))
+    key = ".".join(keys)
+    related = [o for o in given if key and (f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}."))]
+    where = f"override {given[related[-1]]!r}" if related else source
+    if problem["type"] == "extra_forbidden":
+        fields = _fields(schema, keys[:-1])
+        return f"{where}: unknown key {key!r}{nearest(keys[-1], fields)}; known there: {', '.join(fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if problem["type"] == "value_error":
+        return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    return f"{where}: {key} must be {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _fields(schema: type[BaseModel], keys: Iterable[str]) -> list[str]:
+    """Names of the fields of the section that `keys` lead to."""
+    for key in keys:
+        field = schema.model_fields.get(key)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if inner is None:
+            return []
+        schema = inner
+    return list(schema.model_fields)

@@ -1,0 +1,298 @@
+"""Run folders: what is in them, and how a finished run comes back to life.
+
+recipe.yaml       resolved and complete         checkpoints/best.ckpt, last.ckpt
+metrics.json      {"val", "test", "floors", "cost"}, written last: a run that has it is finished
+metrics.csv       a row per epoch               model.safetensors, config.json   weights for use in Python
+environment.json  versions, machine, command    data.json                        what the data part reported
+log.txt           what happened                 failure.json                     why a run ended early
+"""
+
+import contextlib
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from core.training.app import App, get_app
+from core.training.checkpoint import newest_checkpoint, read_checkpoint, write_atomically
+from core.training.errors import UserError
+from core.training.recipe import Recipe, build_recipe, dump, read_yaml
+from core.training.task import Task
+
+
+@dataclass
+class RunResult:
+    """What `fit` returns."""
+
+    run_dir: Path
+    metrics: dict[str, Any]
+    status: str = "ok"
+    seconds: float = 0.0
+    epochs: int = 0
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class LoadedRun:
+    """A trained run, ready to be used: the task is in evaluation mode with its evaluation weights, on the CPU."""
+
+    run_dir: Path
+    recipe: Recipe
+    app: App
+    task: Task
+    spec: dict[str, Any]
+
+
+class RunFolder:
+    """The files of one run by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe, self.log = path / "recipe.yaml", path / "log.txt"
+        self.metrics, self.rows = path / "metrics.json", path / "metrics.csv"
+        self.environment, self.data, self.failure = path / "environment.json", path / "data.json", path / "failure.json"
+        self.weights, self.config = path / "model.safetensors", path / "config.json"
+        self.checkpoints = path / "checkpoints"
+        self.best, self.last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
+
+    def begin(self, recipe: Recipe, *, resume: bool) -> None:
+        """Take the folder for this recipe.
+
+        Raises:
+            UserError: it holds a run and `resume` is off, or the run there has another recipe.
+        """
+        if self.recipe.is_file():
+            if not resume:
+                raise UserError(
+                    f"{self.path} already holds a run; add --resume to continue it, or choose another --run-dir"
+                )
+            self._same_recipe(recipe)
+        elif self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--run-dir {self.path} is a file")
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+        if not self.recipe.is_file():
+            write_text(self.recipe, dump(recipe))
+        with contextlib.suppress(FileNotFoundError):
+            self.failure.unlink()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process per folder; the lock goes with the process, however it ends."""
+        with (self.path / ".lock").open("w") as file:
+            if not _lock(file):
+                raise UserError(f"another process is training in {self.path}")
+            yield
+
+    def _same_recipe(self, recipe: Recipe) -> None:
+        there = _flat(build_recipe(read_yaml(self.recipe), source=str(self.recipe)).model_dump(mode="json"))
+        here = _flat(recipe.model_dump(mode="json"))
+        changed = [key for key in here | there if here.get(key) != there.get(key) and key not in _HARMLESS]
+        if changed:
+            key = changed[0]
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise UserError(
+                f"{self.path} was started with {key}={there.get(key)!r}, now it is {here.get(key)!r}{more}; "
+                "resume with the same recipe, or choose another --run-dir"
+            )
+
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        """metrics.csv from the start: after a resume it has the rows up to the checkpoint, each once."""
+        if not rows:
+            self.rows.unlink(missing_ok=True)
+            return
+
+        def write(file: Any) -> None:
+            file.write(_csv_line(list(rows[0])) + b"".join(_csv_line(list(row.values())) for row in rows))
+
+        write_atomically(self.rows, write)
+
+    def add_row(self, row: dict[str, Any], *, first: bool) -> None:
+        """One epoch more in metrics.csv."""
+        with self.rows.open("wb" if first else "ab") as file:
+            file.write((_csv_line(list(row)) if first else b"") + _csv_line(list(row.values())))
+
+
+# Changing these does not change what is learned, only how fast or where it is seen.
+_HARMLESS = {f"trainer.{key}" for key in ("threads", "workers", "log_every", "checkpoint_every")}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _csv_line(values: list[Any]) -> bytes:
+    import io
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()
+
+
+def _lock(file: IO[str]) -> bool:
+    if os.name != "posix":
+        return True  # Windows has no flock; there the user keeps two runs apart
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as JSON, whole or not at all.
+
+    Raises:
+        ValueError: NaN or infinity, which are not JSON and which nobody should read as a result.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def default_run_dir(recipe: Recipe) -> Path:
+    """runs/<app>-<recipe>-<time> below the working folder."""
+    return Path("runs") / f"{recipe.app}-{Path(recipe.source).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def environment(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge the figures: versions, machine, command, commit."""
+    packages = ("longspan", "torch", "pytorch-lightning", "numpy")
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "recipe": recipe.source,
+        "command": sys.argv,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": cuda or "cpu",
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree, with "+" when it has changes; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def processor() -> str:
+    """The CPU's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def restore_weights(task: Task, checkpoint: dict[str, Any]) -> None:
+    """Give the task the evaluation weights of a checkpoint: the running mean where there is one."""
+    task.load_state_dict(checkpoint["state_dict"])
+    average = checkpoint["longspan"]["average"]
+    if average is not None:
+        with torch.no_grad():
+            parameters = dict(task.named_parameters())
+            for name, mean in average["mean"].items():
+                parameters[name].copy_(mean)
+    task.average = None
+
+
+def run_checkpoint(run: str | Path) -> tuple[Path, Path, dict[str, Any]]:
+    """Folder, checkpoint file and content for a run folder (its best, else newest checkpoint) or a .ckpt file.
+
+    Raises:
+        UserError: neither; or nothing in it can be read.
+    """
+    path = Path(run)
+    if "://" in str(run) or path.is_file() or path.suffix == ".ckpt":
+        return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path, read_checkpoint(run)
+    if not path.is_dir():
+        raise UserError(f"there is no run folder or checkpoint {str(run)!r}")
+    folder = RunFolder(path)
+    if folder.best.is_file():
+        with contextlib.suppress(UserError):
+            return path, folder.best, read_checkpoint(folder.best)
+    found, checkpoint, _ = newest_checkpoint(folder.checkpoints)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint; is it the folder of a run?")
+    return path, found, checkpoint
+
+
+def load_run(run: str | Path) -> LoadedRun:
+    """A trained run from its folder, or from one of its checkpoint files alone.
+
+    Raises:
+        UserError: no run, no readable checkpoint, or its app is not installed.
+    """
+    run_dir, _, checkpoint = run_checkpoint(run)
+    record = checkpoint["longspan"]
+    recipe = build_recipe(record["recipe"], source=record["source"])
+    app = get_app(recipe.app)
+    task: Task = app.part("task")(recipe, record["spec"])
+    restore_weights(task, checkpoint)
+    task.eval()
+    return LoadedRun(run_dir, recipe, app, task, record["spec"])
+
+
+def export(folder: RunFolder, recipe: Recipe, task: Task) -> None:
+    """model.safetensors and config.json: all that `load_model` needs."""
+    config = {"format": 1, "source": recipe.source, "recipe": recipe.model_dump(mode="json"), "spec": task.spec}
+    write_json(folder.config, config)
+    temporary = folder.weights.with_name(f".{folder.weights.name}.tmp")
+    safetensors.torch.save_model(task.model, str(temporary))
+    os.replace(temporary, folder.weights)
+
+
+def load_model(run: str | Path) -> nn.Module:
+    """The model of a run in evaluation mode, from `model.safetensors` and `config.json` alone.
+
+    Raises:
+        UserError: one of the two files is missing or not what it should be.
+    """
+    folder = RunFolder(Path(run))
+    for path in (folder.config, folder.weights):
+        if not path.is_file():
+            raise UserError(f"{folder.path} has no {path.name}; it is written when a run finishes")
+    try:
+        config = json.loads(folder.config.read_text())
+        recipe = build_recipe(config["recipe"], source=config["source"])
+        task: Task = get_app(recipe.app).part("task")(recipe, config["spec"])
+        safetensors.torch.load_model(task.model, str(folder.weights))
+    except (json.JSONDecodeError, KeyError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder.path}: config.json and model.safetensors do not form a model ({error})") from error
+    return task.model.eval()

@@ -1,0 +1,79 @@
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+from core.training.task import Task
+
+
+class ToyTask(Task):
+    def __init__(self, recipe, spec):
+        super().__init__(recipe, spec)
+        self.model = nn.Sequential(nn.Linear(spec["width"], 16), nn.LayerNorm(16), nn.Linear(16, 1))
+        kind, _, at = (recipe.model.trap or "none@-1").partition("@")
+        self.trap, self.trap_at, self.calls = kind, int(at), 0
+        self.start_evaluation()
+
+    def start_evaluation(self):
+        self.total, self.count = 0.0, 0
+
+    def loss(self, batch):
+        x, y = batch
+        # Three generators take part, so that a resumed run is bit-exact only if all three were restored.
+        p = self.recipe.model.dropout
+        x = nn.functional.dropout(x, p) * (1 + 0.01 * random.random()) + 0.01 * np.random.rand()
+        out = self.model(x)
+        loss = ((out - y) ** 2).mean()
+        return self.spring(loss), {"out": out.detach().mean()}
+
+    def spring(self, loss):
+        self.calls += 1
+        if self.trap == "slow":
+            time.sleep(0.02)
+        if self.calls - 1 != self.trap_at:
+            return loss
+        if self.trap == "nan":
+            return loss * float("nan")
+        if self.trap == "grad":
+            return loss + torch.sqrt(self.model[0].weight.abs().sum() * 0)
+        if self.trap == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if self.trap == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    def eval_update(self, batch):
+        x, y = batch
+        self.total += float(((self.model(x) - y) ** 2).sum())
+        self.count += len(x)
+
+    def eval_compute(self):
+        mse = self.total / self.count
+        self.start_evaluation()
+        return {"mse": mse}
+
+    def cost(self):
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"parameters": parameters, "flops_per_item": 2 * parameters, "state_bytes": 0, "tokens_per_item": 1}
+
+    def artifacts(self, run_dir):
+        path = run_dir / "plots" / "toy.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("plotted\n")
+        return [path]
+
+
+def build_task(recipe, spec):
+    return ToyTask(recipe, spec)
+
+
+def predict(run, input, output):
+    x = torch.tensor([float(word) for word in input.read_text().split()]).view(-1, run.spec["width"])
+    with torch.no_grad():
+        values = run.task.model(x).flatten().tolist()
+    output.write_text("\n".join(map(str, values)))
+    return [output]
