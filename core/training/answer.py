@@ -1,0 +1,163 @@
+"""The answer in words: which variant to use, what is not separable from it, what to know before believing it.
+
+The table compares with the baseline, which was named before the runs. The sentence compares with the variant that
+turned out best; as the data chose that one, its pairs are Holm-adjusted over all pairs of variants, except the pair
+with the baseline, which keeps the table's verdict so that the two never disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from core.training import units
+from core.training.ledger import Plan
+from core.training.statistics import holm, paired_difference, verdict
+
+if TYPE_CHECKING:  # summary calls this module
+    from core.training.summary import Row, Table
+
+
+def headline(plan: Plan, table: Table) -> str:
+    """The answer in a sentence: which variant to use, what is not separable from it, whether a floor does as well."""
+    finished = [row for row in table.rows if row.metric]
+    if not finished:
+        return "No run has finished, so there is no answer yet."
+    best = next(row for row in finished if row.variant == table.best)
+    most = len(best.values)
+    score = _score(plan, table, best)
+    if table.best_floor and best.floor and best.floor.verdict != "better":
+        floor = f"{table.best_floor[0]} ({plan.metric} {units.fixed(table.best_floor[1], table.decimals)})"
+        if best.floor.verdict == "worse":
+            return f"Use no variant here: the floor {floor} beats the best of them, {best.variant} ({score})."
+        if most > 1:
+            return (
+                f"No variant has shown its worth here: {best.variant}, the best of them ({score}), "
+                f"does not beat the floor {floor} by more than seed noise."
+            )
+    if len(table.rows) == 1:
+        return f"The only variant, {best.variant}, reaches {score}."
+    if most == 1:
+        return f"One seed cannot separate variants: {best.variant} comes out first ({score}); run at least three seeds."
+    return _recommendation(plan, table, best, [row for row in finished if row is not best], score)
+
+
+def _recommendation(plan: Plan, table: Table, best: Row, others: Sequence[Row], score: str) -> str:
+    beaten = _beaten_by(plan, best, others)
+    rivals = [row for row in others if row.variant not in beaten]
+    if not rivals:
+        return f"Use {best.variant} here: {score}, better than {_listing([row.variant for row in others])}."
+    if beaten:
+        lead = (
+            f"Use {best.variant} here: {score}, better than {_listing([r.variant for r in others if r not in rivals])}"
+        )
+        if len(rivals) == 1:
+            (rival,) = rivals
+            time = f" and takes {_times(rival, best)} the time" if _timed(rival, best) else ""
+            return f"{lead}; {rival.variant} is not separable from it{time}."
+        priced = [
+            f"{row.variant} ({_times(row, best)} its time)" if _timed(row, best) else row.variant for row in rivals
+        ]
+        return f"{lead}; {_listing(priced)} are not separable from it."
+    cheapest = min([best, *rivals], key=lambda row: row.cost["step_ms"] or math.inf)
+    lead = f"The variants are not separable here: {best.variant} has the best mean ({score})"
+    if not _timed(cheapest, best):
+        return f"{lead}."
+    if cheapest is best:
+        return f"{lead} and takes the least time, so use {best.variant}."
+    return f"{lead}, {cheapest.variant} takes the least time ({_times(cheapest, best)} that of {best.variant})."
+
+
+def _beaten_by(plan: Plan, best: Row, others: Sequence[Row]) -> set[str]:
+    """Labels that the best variant beats."""
+    rows = [best, *others]
+    pairs = {(a.variant, b.variant): paired_difference(a.values, b.values) for a, b in combinations(rows, 2)}
+    adjusted = holm({pair: difference.p for pair, difference in pairs.items()})
+    beaten = set()
+    for row in others:
+        if best.variant == plan.baseline:
+            lost = row.baseline is not None and row.baseline.verdict == "worse"
+        elif row.variant == plan.baseline:
+            lost = best.baseline is not None and best.baseline.verdict == "better"
+        else:
+            pair = (best.variant, row.variant)
+            lost = verdict(pairs[pair], adjusted[pair], plan.better) == "better"
+        if lost:
+            beaten.add(row.variant)
+    return beaten
+
+
+def warnings(plan: Plan, table: Table) -> list[str]:
+    """What a reader must know before believing the table, most important first."""
+    found = []
+    finished = [row for row in table.rows if row.metric]
+    beats = [row.variant for row in finished if row.floor and row.floor.verdict == "better"]
+    if table.best_floor and finished and not beats:
+        name, value = table.best_floor
+        floor = f"the best floor ({name}, {plan.metric} {units.fixed(value, table.decimals)})"
+        if max(len(row.values) for row in finished) == 1:
+            found.append(f"One seed cannot tell whether a variant beats {floor}.")
+        else:
+            found.append(f"No variant beats {floor} by more than seed noise.")
+    if finished and not table.best_floor:
+        found.append("There is no floor to compare with: the runs report none for this metric and part.")
+    for row in table.rows:
+        total = len(plan.seeds)
+        if row.failed:
+            found.append(
+                f"{row.variant}: {len(row.failed)} of {total} runs failed or went NaN; its mean leaves them out."
+            )
+        if row.missing:
+            found.append(f"{row.variant}: {len(row.missing)} of {total} runs have not run yet.")
+    if len(plan.seeds) < 3:
+        found.append("Fewer than three seeds show little: use three or more before you believe a difference.")
+    if not table.floors_agree:
+        found.append("The floors differ between runs, so the runs did not see the same data; do not compare them.")
+    if plan.jobs > 1:
+        found.append(
+            f"{plan.jobs} runs shared this machine, so step times, tokens/s and seconds are disturbed; "
+            "compare them only from a comparison made with one job."
+        )
+    return found
+
+
+def _score(plan: Plan, table: Table, row: Row) -> str:
+    assert row.metric is not None
+    mean = units.fixed(row.metric.mean, table.decimals)
+    if row.metric.sd is None:
+        return f"{plan.metric} {mean}"
+    return f"{plan.metric} {mean} ± {units.fixed(row.metric.sd, table.decimals)} over {_seeds(row.metric.n)}"
+
+
+def _timed(row: Row, reference: Row) -> bool:
+    return bool(row.cost["step_ms"] and reference.cost["step_ms"])
+
+
+def _times(row: Row, reference: Row) -> str:
+    return units.ratio(row.cost["step_ms"], reference.cost["step_ms"])
+
+
+def _listing(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _seeds(number: int) -> str:
+    return "one seed" if number == 1 else f"{number} seeds"
+
+
+def overall(plan: Plan, tables: Sequence[Table]) -> str:
+    """The answer over all settings: the one table's sentence, or which variant comes out first how often."""
+    if len(tables) == 1:
+        return tables[0].headline
+    firsts = Counter(table.best for table in tables if table.best)
+    if not firsts:
+        return "No run has finished, so there is no answer yet."
+    counts = [f"{label}'s in {times}" for label, times in firsts.most_common()]
+    if len(firsts) == 1:
+        named = f"{next(iter(firsts))}'s in all {len(tables)}"
+    else:
+        named = f"{_listing(counts)} of {len(tables)}"
+    return f"The best mean {plan.metric} is {named} settings; each says below what is separable."
