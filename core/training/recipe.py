@@ -2,16 +2,12 @@
 
 Defaults < recipe file < overrides. Every mistake is a `UserError` of one line that names the file, the dotted key and
 the nearest spelling. No torch here.
-
-YAML is read by the rules that people expect: `1e-3` is a number, `no` and dates are words, a key given twice is an
-error (PyYAML takes the first for a string, the second for false, the third for the last one).
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
@@ -20,7 +16,9 @@ from core.attention.registry import available, entry, nearest
 from core.layout import expand_layout
 from core.training.app import App, apps, get_app
 from core.training.errors import UserError
+from core.training.recipe_files import find_recipe, recipes
 from core.training.sections import AttentionSection, BackboneSection, OptimSection, Section, TrainerSection
+from core.training.yaml_values import parse_yaml, read_yaml
 
 __all__ = [
     "AttentionSection",
@@ -69,32 +67,6 @@ class Recipe(Section):
     def _layout_fits(self) -> Self:
         expand_layout(self.attention, self.backbone.layout, self.backbone.depth)
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with 1e-3 as a number, only true and false as booleans, no dates, no duplicate keys."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for at, key in enumerate(keys):
-            if key in keys[:at]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    "-+0123456789.",
-)
 
 
 def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -155,53 +127,6 @@ def recipe_class(app: Any, source: str) -> type[Recipe]:
     return found
 
 
-def find_recipe(reference: str | Path) -> tuple[Path, str]:
-    """File of a recipe, and how to speak of it: its reference, or the path as it was given."""
-    text = str(reference)
-    shipped = {ref: path for ref, path, _ in recipes()}
-    if text in shipped:
-        return shipped[text], text
-    path = Path(text)
-    if path.is_file():
-        return path, text
-    if path.suffix in (".yaml", ".yml"):
-        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"there is no recipe file {text!r}{nearest(path.name, beside)}")
-    app, slash, _ = text.partition("/")
-    if slash and app in apps():
-        names = [ref.partition("/")[2] for ref in shipped if ref.startswith(app + "/")]
-        raise UserError(f"unknown recipe {text!r}{nearest(text, shipped)}; {app} has: {', '.join(names) or 'none'}")
-    raise UserError(
-        f"unknown recipe {text!r}{nearest(text, shipped)}; known: {', '.join(shipped) or 'none'}, or a YAML file"
-    )
-
-
-def recipes() -> list[tuple[str, Path, str]]:
-    """(reference, file, first line of its head comment) of every shipped recipe, sorted by app and name."""
-    found = []
-    for app in apps().values():
-        for path in sorted((app.folder / "recipes").glob("*.yaml")):
-            with path.open(encoding="utf-8") as file:
-                first = file.readline().strip()
-            found.append((f"{app.name}/{path.stem}", path, first.lstrip("# ") if first.startswith("#") else ""))
-    return found
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a syntax error is told with line and column."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{at}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML text file ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping of keys such as 'app: timeseries', got {type(values).__name__}")
-    return values
-
-
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal one."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
@@ -215,7 +140,7 @@ def schema(app: str | App) -> dict[str, Any]:
 
 def _value(override: str, text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not YAML; quote it, as in key='\"...\"'") from error
 

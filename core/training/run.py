@@ -28,8 +28,9 @@ from torch import nn
 from core.training.app import App, get_app
 from core.training.checkpoint import newest_checkpoint, read_checkpoint, write_atomically
 from core.training.errors import UserError
-from core.training.recipe import Recipe, build_recipe, dump, read_yaml
+from core.training.recipe import Recipe, build_recipe, dump
 from core.training.task import Task
+from core.training.yaml_values import read_yaml
 
 
 @dataclass

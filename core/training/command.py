@@ -1,0 +1,335 @@
+"""The command line: a thin layer over Python functions that return values.
+
+The whole request is checked, with nearest spellings, before torch is imported. One line per mistake on stderr; exit
+code 2 for a request that cannot be met, 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from core.attention.registry import available, entry, nearest
+from core.training.app import apps
+from core.training.errors import Interrupted, RunFailed, UserError
+
+VERBS = {
+    "list": "what there is: recipes, variants, apps or data",
+    "show": "a recipe with everything filled in",
+    "cp": "copy a recipe to a file of your own",
+    "fit": "train, test, and leave everything in a run folder",
+    "test": "test a run again",
+    "predict": "predictions of a run for a file",
+    "compare": "train several variants over several seeds and report the differences",
+    "report": "write the report of a comparison again",
+    "doctor": "check this installation",
+    "schema": "JSON Schema of an app's recipes, for editors",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _run(words)
+    except UserError as error:
+        return _say(error, 2, debug)
+    except RunFailed as error:
+        return _say(error, 1, debug)
+    except Interrupted as error:
+        return _say(error, error.exit_code, debug)
+    except KeyboardInterrupt as error:
+        return _say(error, 130, debug, "stopped by Ctrl-C")
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        text = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        return _say(error, 1, debug, " ".join(text.split()))
+
+
+def _say(error: BaseException, code: int, debug: bool, text: str = "") -> int:
+    if debug:
+        raise error
+    for line in (text or str(error)).splitlines():
+        print(f"longspan: {line}", file=sys.stderr)
+    return code
+
+
+def _run(words: list[str]) -> int:
+    parser, verbs = _parser()
+    if not words:
+        parser.print_help()
+        return 0
+    args, rest = parser.parse_known_args(words)
+    if not args.verb:
+        raise UserError(f"no command given; known: {', '.join(VERBS)}")
+    # argparse gives up on `fit RECIPE --resume key=value`: positionals after an option come back as a rest.
+    stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if stray:
+        options = [o for action in verbs[args.verb]._actions for o in action.option_strings]
+        raise UserError(
+            f"{args.verb}: unknown argument {stray[0]!r}{nearest(stray[0], options)}; see longspan {args.verb} --help"
+        )
+    if hasattr(args, "overrides"):
+        args.overrides = [*args.overrides, *rest]
+    return int(_ACTIONS[args.verb](args) or 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse counts key=value among what is missing, though none is needed.
+        raise UserError(f"{message.replace(', key=value', '')}; see {self.prog} --help")
+
+
+def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(prog="longspan", description="Long sequences: one attention core, apps, measured answers.")
+    parser.add_argument("--version", action="version", version=f"longspan {_version()}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="verb", metavar="COMMAND", parser_class=_Parser)
+    verbs = {
+        name: subparsers.add_parser(name, help=text, description=text.capitalize() + ".")
+        for name, text in VERBS.items()
+    }
+    for verb in verbs.values():
+        verb.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
+    def recipe(verb: str) -> None:
+        verbs[verb].add_argument(
+            "recipe", metavar="RECIPE", help="APP/NAME as `longspan list recipes` shows it, or a YAML file"
+        )
+
+    def overrides(verb: str) -> None:
+        verbs[verb].add_argument(
+            "overrides", metavar="key=value", nargs="*", help="such as attention=linear optim.lr=1e-3"
+        )
+
+    def run(verb: str, what: str) -> None:
+        verbs[verb].add_argument("run", metavar="RUN", type=Path, help=what)
+
+    verbs["list"].add_argument(
+        "what", nargs="?", choices=_LISTS, default="recipes", help="recipes unless said otherwise"
+    )
+    recipe("show")
+    overrides("show")
+    recipe("cp")
+    verbs["cp"].add_argument("target", metavar="FILE", type=Path, help="the copy; must not exist")
+    recipe("fit")
+    overrides("fit")
+    verbs["fit"].add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<app>-<recipe>-<time>")
+    verbs["fit"].add_argument("--resume", action="store_true", help="continue the run in --run-dir, if there is one")
+    verbs["fit"].add_argument(
+        "--no-floors", dest="floors", action="store_false", help="do not compute the app's floors"
+    )
+    run("test", "a run folder")
+    verbs["test"].add_argument(
+        "--no-floors", dest="floors", action="store_false", help="keep the floors that are there"
+    )
+    run("predict", "a run folder or a .ckpt file")
+    verbs["predict"].add_argument("--input", required=True, metavar="FILE", help="what to predict for")
+    verbs["predict"].add_argument("--output", required=True, metavar="FILE", help="where to write")
+    recipe("compare")
+    overrides("compare")
+    verbs["compare"].add_argument(
+        "--variants", required=True, metavar="A,B,C", help="each may carry options: hybrid:window=16:feature_map=relu"
+    )
+    verbs["compare"].add_argument(
+        "--seeds", default="3", metavar="N", help="a number of seeds (default 3), or a list 0,4,7"
+    )
+    verbs["compare"].add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
+    verbs["compare"].add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="default: runs/compare-<app>-<recipe>-<time>"
+    )
+    verbs["compare"].add_argument(
+        "--baseline", metavar="A", help="the variant that others are compared with; default: the first"
+    )
+    run("report", "the folder of a comparison")
+    verbs["schema"].add_argument("app", metavar="APP", help="as `longspan list apps` shows it")
+    return parser, verbs
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("longspan")
+
+
+# -- light commands: no torch ------------------------------------------------------------------------------------------
+
+
+def _list(args: argparse.Namespace) -> None:
+    rows = _LISTS[args.what]()
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}".rstrip())
+
+
+def _recipe_rows() -> list[tuple[str, str]]:
+    from core.training.recipe_files import recipes
+
+    return [(reference, summary) for reference, _, summary in recipes()]
+
+
+def _variant_rows() -> list[tuple[str, str]]:
+    rows = []
+    for name in available():
+        options = ", ".join(f"{option}={default}" for option, default in entry(name).options.items())
+        rows.append((name, entry(name).summary + (f" ({options})" if options else "")))
+    return rows
+
+
+def _app_rows() -> list[tuple[str, str]]:
+    return [(app.name, f"{app.summary} (metric: {app.metric}, {app.better} is better)") for app in apps().values()]
+
+
+def _data_rows() -> list[tuple[str, str]]:
+    from core.training.recipe_files import recipes
+    from core.training.yaml_values import read_yaml
+
+    rows = []
+    for reference, path, _ in recipes():
+        data = read_yaml(path).get("data") or {}
+        rows.append((reference, ", ".join(f"{key}={value}" for key, value in data.items())))
+    return rows
+
+
+_LISTS = {"recipes": _recipe_rows, "variants": _variant_rows, "apps": _app_rows, "data": _data_rows}
+
+
+def _show(args: argparse.Namespace) -> None:
+    from core.training.recipe import dump, load_recipe
+
+    print(dump(load_recipe(args.recipe, args.overrides)), end="")
+
+
+def _cp(args: argparse.Namespace) -> None:
+    from core.training.recipe_files import find_recipe
+
+    path, _ = find_recipe(args.recipe)
+    target: Path = args.target / path.name if args.target.is_dir() else args.target
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(path.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise UserError(f"{target} is there already; delete it or choose another name") from error
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    print(f"{target}: edit it, then run: longspan fit {target}")
+
+
+def _schema(args: argparse.Namespace) -> None:
+    import json
+
+    from core.training.recipe import schema
+
+    print(json.dumps(schema(args.app), indent=2))
+
+
+# -- heavy commands: checked first, then torch -------------------------------------------------------------------------
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from core.training.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.resume and args.run_dir is None:
+        raise UserError("--resume needs --run-dir, the folder of the run to continue")
+
+    from core.training.fit import fit
+    from core.training.result_table import print_result
+
+    result = fit(recipe, run_dir=args.run_dir, resume=args.resume, floors=args.floors)
+    print_result(result.metrics, result.run_dir, recipe.app)
+
+
+def _test(args: argparse.Namespace) -> None:
+    _must_be_there(args.run, "run folder")
+
+    from core.training.fit import evaluate
+    from core.training.result_table import print_result
+    from core.training.run import load_run
+
+    print_result(evaluate(args.run, floors=args.floors), args.run, load_run(args.run).app.name)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    _must_be_there(args.run, "run folder or checkpoint")
+    _must_be_there(Path(args.input), "input file")
+
+    from core.training.predict import predict
+
+    for path in predict(args.run, args.input, args.output):
+        print(path)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from core.training.recipe import load_recipe
+
+    load_recipe(args.recipe, args.overrides)
+    variants = [word.strip() for word in args.variants.split(",") if word.strip()]
+    if args.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {args.jobs}")
+    seeds = _seeds(args.seeds)
+
+    from core.training.compare import compare
+
+    compare(
+        args.recipe,
+        variants=variants,
+        seeds=seeds,
+        jobs=args.jobs,
+        run_dir=args.run_dir,
+        overrides=args.overrides,
+        baseline=args.baseline,
+    )
+
+
+def _report(args: argparse.Namespace) -> None:
+    _must_be_there(args.run, "folder of a comparison")
+
+    from core.training.report import report
+
+    for path in report(args.run):
+        print(path)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from core.training.doctor import doctor
+
+    return doctor()
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        seeds = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds must be a number of seeds or a list such as 0,4,7, got {text!r}") from error
+    if min(seeds) < (1 if len(seeds) == 1 else 0):
+        raise UserError(f"--seeds must be at least 1, and seeds not negative, got {text!r}")
+    return seeds if len(seeds) > 1 else seeds[0]
+
+
+def _must_be_there(path: Path, what: str) -> None:
+    if "://" not in str(path) and not path.exists():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"there is no {what} {str(path)!r}{nearest(path.name, beside)}")
+
+
+_ACTIONS = {
+    "list": _list,
+    "show": _show,
+    "cp": _cp,
+    "fit": _fit,
+    "test": _test,
+    "predict": _predict,
+    "compare": _compare,
+    "report": _report,
+    "doctor": _doctor,
+    "schema": _schema,
+}
