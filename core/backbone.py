@@ -195,7 +195,8 @@ class _Stack(nn.Module):
         if self.positions == "sinusoidal":
             return self.drop(x + sinusoidal(at, self.dim).to(x.dtype))
         known = self.table.table.shape[0]
-        if start is None and cu_seqlens is None and key_mask is None:
+        plain = start is None and cu_seqlens is None and key_mask is None
+        if plain and x.shape[1] > known:
             return self.drop(x + self.table(x.shape[1]))
         last = x.shape[1] + (0 if start is None else int(start.max()))
         if last > known:

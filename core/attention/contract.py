@@ -202,8 +202,8 @@ class Variant(nn.Module):
         """
         raise NotImplementedError
 
-    def init_state(self, batch: int, *, device=None, dtype=None) -> State:
-        """The state before the first token."""
+    def init_state(self, batch: int, *, positions: str | None = None, device=None, dtype=None) -> State:
+        """The state before the first token; positions: what the layer composes with, where the state depends on it."""
         raise NotImplementedError(f"attention {self.name!r} has no decoding state")
 
     def resume(self, q: Tensor, k: Tensor, v: Tensor, state: State, **options) -> tuple[Attended, State]:
@@ -211,7 +211,14 @@ class Variant(nn.Module):
         raise NotImplementedError(f"attention {self.name!r} has no decoding state")
 
     def cost(
-        self, batch: int, length: int, keys: int | None = None, *, causal: bool = False, element_bytes: int = 4
+        self,
+        batch: int,
+        length: int,
+        keys: int | None = None,
+        *,
+        causal: bool = False,
+        positions: str | None = None,
+        element_bytes: int = 4,
     ) -> Cost:
         """Cost of one forward pass over `length` queries and `keys` keys (default: as many)."""
         raise NotImplementedError

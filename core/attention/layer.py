@@ -154,7 +154,7 @@ class Attention(nn.Module):
             raise ValueError("a decoding state needs causal=True")
         self._require("recurrent")
         weight = self.value.weight
-        state = self.variant.init_state(batch_size, device=weight.device, dtype=weight.dtype)
+        state = self.variant.init_state(batch_size, positions=self.positions, device=weight.device, dtype=weight.dtype)
         return {**state, "position": torch.zeros(batch_size, dtype=torch.int64, device=weight.device)}
 
     def prefill(self, x: Tensor, state: State, *, key_mask: Tensor | None = None) -> tuple[Tensor, State]:
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         """Cost of one forward pass with projections; see `Cost`."""
         keys = length if keys is None else keys
         size = self.value.weight.element_size()
-        inner = self.variant.cost(batch, length, keys, causal=self.causal, element_bytes=size)
+        inner = self.variant.cost(batch, length, keys, causal=self.causal, positions=self.positions, element_bytes=size)
         from_x = self.query.weight.numel() + self.output.weight.numel()
         from_context = self.key.weight.numel() + self.value.weight.numel()
         weights = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.variant.parameters())

@@ -7,6 +7,7 @@ padding however ragged the pack is, and any mechanism that honours a key mask se
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,11 +72,11 @@ def _spans(offsets: Tensor, total: int, name: str) -> tuple[list[int], list[int]
     if offsets.dim() != 1 or offsets.numel() < 1 or offsets.is_floating_point():
         raise ValueError(f"{name} must be integers [N + 1], got {offsets.dtype} {list(offsets.shape)}")
     at = offsets.tolist()
-    if at[0] != 0 or at[-1] != total or any(b < a for a, b in zip(at, at[1:])):
+    if at[0] != 0 or at[-1] != total or any(b < a for a, b in pairwise(at)):
         raise ValueError(
             f"{name} must rise from 0 to {total}, the packed length; got {at[:8]}{'...' if len(at) > 8 else ''}"
         )
-    return at[:-1], [b - a for a, b in zip(at, at[1:])]
+    return at[:-1], [b - a for a, b in pairwise(at)]
 
 
 def _rows(starts: list[int], lengths: list[int], device) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,15 @@ class Rotation(NamedTuple):
             (self._turn(rows, self.coordinates[..., 0]), self._turn(columns, self.coordinates[..., 1])), -1
         )
 
+    def extended(self, before: int) -> "Rotation":
+        """The same with the `before` positions that precede the first one, for keys of a ring."""
+        earlier = self.coordinates[..., :1] + torch.arange(-before, 0, device=self.coordinates.device)
+        return self._replace(coordinates=torch.cat((earlier, self.coordinates), -1))
+
+    def first(self, number: int) -> "Rotation":
+        """The same for the first `number` positions only."""
+        return self._replace(coordinates=self.coordinates[..., :number])
+
     def _turn(self, x: Tensor, at: Tensor) -> Tensor:
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         angles = at.to(exact).unsqueeze(-1) * _frequencies(x.shape[-1], self.base, x.device, exact)

@@ -68,7 +68,7 @@ def compare(
         jobs: runs side by side; more than one disturbs the measured times, and the report says so.
         run_dir: the folder; None: runs/compare-<app>-<recipe>-<time>. One with finished runs is continued.
         overrides: "key=value" of all runs.
-        baseline: the variant that the others are compared with; None: softmax where it takes part, else the first.
+        baseline: the variant that the others are compared with; None: the first.
         grid: "key=value,value" whose values are compared one beside the other; several give all combinations.
         quiet: no progress on the terminal; None: quiet unless stderr is a terminal.
         start: how a job becomes a process; tests put their own here.
@@ -107,9 +107,12 @@ def compare(
             try:
                 queue = _jobs(plan, missing, runs)
                 work(queue, folder, side_by_side=jobs, stop=stop, record=record, watch=board.watch, start=start)
-            except Interrupted:
+            except Interrupted as error:
                 write_report(folder, load_summary(folder))
-                raise
+                done = sum(_is_done(runs.get(key)) for key in asked)
+                raise Interrupted(
+                    error.signum, f"stopped; {done} of {len(asked)} runs are finished, continue with: {plan.command}"
+                ) from error
         summary = load_summary(folder)
         return CompareResult(folder, summary, write_report(folder, summary))
 

@@ -48,7 +48,7 @@ def make_plan(
         raise UserError(f"jobs must be at least 1, got {jobs}")
     chosen = _seeds(seeds)
     labels = _labels(variants)
-    baseline = baseline or ("softmax" if "softmax" in labels else labels[0])
+    baseline = baseline or labels[0]
     if baseline not in labels:
         raise UserError(
             f"the baseline {baseline!r} takes no part{nearest(baseline, labels)}; variants: {', '.join(labels)}"

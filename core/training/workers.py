@@ -131,7 +131,7 @@ def work(
                 if worker.process.returncode == USAGE:
                     _clear(worker, folder)
                     if not succeeded:
-                        raise UserError(f"{run.run_dir}: {run.error}")
+                        raise UserError(f"{run.variant}, seed {run.seed}: {run.error}")
                 succeeded = succeeded or run.status == "ok"
                 record(run)
             watch(running)
@@ -189,7 +189,7 @@ def _reason(code: int, output: Path) -> str:
         hint = "; the machine may be out of memory: fewer jobs or a smaller trainer.batch_size" if code == -9 else ""
         return f"ended by {name}{hint}"
     lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else f"ended with exit code {code} and no message"
+    return lines[-1].removeprefix("longspan: ") if lines else f"ended with exit code {code} and no message"
 
 
 def _environment(job: Job, slot: int) -> dict[str, str]:

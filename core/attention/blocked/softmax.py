@@ -1,6 +1,7 @@
 """Softmax attention with its log mass, one block of query rows at a time.
 
-    s_ij = scale q_i.k_j + bias_ij - slope_h |i + M - L - j|,   log_mass_i = log sum_j exp s_ij,   o_i = sum_j exp(s_ij - log_mass_i) v_j
+    s_ij = scale q_i.k_j + bias_ij - slope_h |i + M - L - j|
+    log_mass_i = log sum_j exp s_ij,   o_i = sum_j exp(s_ij - log_mass_i) v_j
 
     backward:  P = exp(s - log_mass),  dS = P * (dO V^T - delta),  delta_i = <dO_i, O_i> - d log_mass_i
 

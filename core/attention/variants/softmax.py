@@ -173,7 +173,7 @@ class SoftmaxAttention(Variant):
         )
         return given if isinstance(given, Attended) else Attended(given, None)
 
-    def init_state(self, batch: int, *, device=None, dtype=None) -> State:
+    def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         def empty(width):
             return torch.empty(batch, self.heads.key, 0, width, device=device, dtype=dtype)
 
@@ -198,7 +198,7 @@ class SoftmaxAttention(Variant):
         )
         return Attended(out, None), new
 
-    def cost(self, batch, length, keys=None, *, causal=False, element_bytes=4) -> Cost:
+    def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
         keys = length if keys is None else keys
         h = self.heads
         seen = (keys - (length - 1) / 2) if causal else keys  # mean over the queries, bottom-right aligned

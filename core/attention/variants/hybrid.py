@@ -1,0 +1,311 @@
+r"""Hybrid attention: exact softmax for near keys, a linear tail for all the others, under one normaliser.
+
+With W(i) the window of query i and R(i) all other visible keys,
+
+          sum_{j in W} exp(scale q_i.k_j) v_j + gamma_h sum_{j in R} phi(q_i).phi(k_j) v_j
+    o_i = -------------------------------------------------------------------------------
+          sum_{j in W} exp(scale q_i.k_j)     + gamma_h sum_{j in R} phi(q_i).phi(k_j)
+
+which is merge(window, tail) with log gamma_h = gate_h added to the tail's log mass. Causally R(i) is all keys at least
+`window` behind i, so the tail is linear attention over keys delayed by `window`; two-sided it is that and its mirror
+image. Time and memory are linear. The decoding state is the last `window` keys and values, and the sums of those that
+left: a key enters the sums exactly when it leaves the ring, in prefill and in step alike.
+
+Source:
+    The combination of a window with a linear tail: Arora et al. 2024 (Based), arXiv:2402.18668, across layers; Zhang
+    et al. 2024 (LoLCATs), arXiv:2410.10254, inside a layer.
+
+Where we differ:
+    LoLCATs subtracts the window's maximum before mixing and so loses the window's level against the tail; here both
+    parts keep their true mass, which makes the result independent of how the keys are split.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from core.attention.backends import implementation, resolve
+from core.attention.contract import (
+    Attended,
+    Cost,
+    Heads,
+    State,
+    Variant,
+    check_inputs,
+    hide,
+    merge,
+    repeat_heads,
+    visible,
+)
+from core.attention.feature_maps import FeatureMap
+from core.attention.feature_maps import feature_map as phi_named
+from core.attention.positions import alibi_bias
+from core.attention.registry import register
+from core.attention.variants import linear
+from core.attention.variants.window import (
+    band_pairs,
+    check_window,
+    empty_ring,
+    extend_ring,
+    keep_ring,
+    sliding_window_attention,
+)
+
+
+def reference(q, k, v, fq, fk, window, gate, causal, key_mask, scale, slopes=None, turned=None) -> Attended:
+    """The definition, dense: one weight per visible pair, exponential inside the window and gamma phi.phi outside.
+
+    turned: rotated features of the tail's numerator, where they differ from the normaliser's (`positions`).
+    """
+    length, keys = q.shape[2], k.shape[2]
+    seen = visible(length, keys, causal=causal, key_mask=key_mask, device=q.device)
+    near = seen & visible(length, keys, window=window, device=q.device)
+    log_decay = 0.0 if slopes is None else alibi_bias(slopes.to(q.dtype), length, keys)
+    inside = torch.exp(scale * q @ k.transpose(-1, -2) + log_decay)
+    gamma = torch.exp(gate.to(q.dtype)[:, None, None] + log_decay)
+
+    near_weights = inside.masked_fill(~near, 0.0)
+    tail_weights = (gamma * (fq @ fk.transpose(-1, -2))).masked_fill(near | ~seen, 0.0)
+    mass = (near_weights + tail_weights).sum(-1)
+    empty = mass == 0
+    whole = mass.masked_fill(empty, 1.0)
+    if turned is not None:  # a side of the tail without mass has no mean, whatever its numerator
+        past = visible(length, keys, causal=True, device=q.device)
+        sides = [(tail_weights * side).sum(-1, keepdim=True) * side for side in (past, ~past)]
+        gone = (sides[0] + sides[1] == 0) | near | ~seen
+        tail_weights = (gamma * (turned[0] @ turned[1].transpose(-1, -2))).masked_fill(gone, 0.0)
+    out = (near_weights + tail_weights) @ v / whole.unsqueeze(-1)
+    return Attended(out, whole.log().masked_fill(empty, -torch.inf))
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    feature_map: str = "elu",
+    gate: Tensor | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    state: State | None = None,
+    return_state: bool = False,
+    return_mass: bool = False,
+    backend: str = "auto",
+) -> Tensor | Attended | tuple[Tensor | Attended, State]:
+    """Softmax over the nearest keys and linear attention over all others, under one normaliser.
+
+    Args:
+        q: queries [B, H, L, D].
+        k: keys [B, K, M, D]; H is a multiple of K.
+        v: values [B, K, M, E].
+        window: a key is near iff |i + M - L - j| < window; at least 1.
+        feature_map: phi of the tail, one that is positive.
+        gate: [H] log weight gamma of the tail; receives a gradient. None: 0 for maps that estimate exp (taylor), else
+            minus the log of the feature width.
+        causal: query i sees key j iff j <= i + M - L; then L and M may differ.
+        key_mask: bool [B, M], True where a key is real.
+        slopes: [H] ALiBi slopes: a bias in the window, the same decay in the tail.
+        scale: factor of the window's scores, default 1/sqrt(D); the tail's scale lives in phi.
+        state: from `return_state`, to continue a causal sequence.
+        return_state: also return the state after these keys (causal only).
+        return_mass: return `Attended` with the log mass.
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        [B, H, L, E] in the dtype of v, or `Attended`; with `return_state` a pair with the state.
+
+    Raises:
+        ValueError: window < 1, shapes disagree, a signed map, two-sided with L != M or with a state.
+    """
+    heads = check_inputs(q, k, v, key_mask)
+    check_window(window)
+    phi = positive_map(feature_map)
+    if gate is None:
+        gate = torch.full((heads.query,), phi.log_gate(heads.width), device=q.device)
+    elif gate.shape != (heads.query,):
+        raise ValueError(f"gate must be [{heads.query}], one log weight per head, got {list(gate.shape)}")
+    if not causal and (state is not None or return_state):
+        raise ValueError("a two-sided hybrid has no state: its tail also comes from the future; use causal=True")
+    if not causal and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    parts = {"window": window, "phi": phi, "gate": gate, "slopes": slopes, "scale": scale, "backend": backend}
+    if state is None and not return_state:
+        attended = attend(q, k, v, q, k, causal=causal, key_mask=key_mask, **parts)
+        return attended if return_mass else attended.out
+    if state is None:
+        positions = None if slopes is None else "alibi"
+        state = empty_state(heads, phi.width(heads.width), window, q.shape[0], positions, q.device, k.dtype)
+    attended, state = resume(q, k, v, q, lambda keys: keys, state, key_mask=key_mask, **parts)
+    return (attended if return_mass else attended.out), state
+
+
+def positive_map(name: str) -> FeatureMap:
+    """The feature map `name`, which must have a mass."""
+    phi = phi_named(name)
+    if not phi.positive:
+        raise ValueError(f"feature map {name!r} is signed: a hybrid needs one whose weights have a mass")
+    return phi
+
+
+def attend(
+    q, k, v, tail_q, tail_k, *, window, phi, gate, causal, key_mask, slopes, scale, backend, rotary=None
+) -> Attended:
+    """Both parts and their merge; tail_q and tail_k are what phi acts on."""
+    run = resolve("hybrid", backend, q.device.type, q.dtype, ()).run
+    return run(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary)
+
+
+@implementation("hybrid", "reference")
+def _reference(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
+    k, v, tail_k = (repeat_heads(hide(x, key_mask), q.shape[1]) for x in (k, v, tail_k))
+    turned = None
+    if rotary is not None:
+        q, k = rotary[0](q), rotary[1](k)
+        if phi.kernel:
+            tail_q, tail_k = rotary[0](tail_q), rotary[1](tail_k)
+        else:
+            turned = rotary[0](phi.features(tail_q)), rotary[1](phi.features(tail_k))
+    features = phi.features(tail_q), phi.features(tail_k)
+    return reference(q, k, v, *features, window, gate, causal, key_mask, scale, slopes, turned)
+
+
+@implementation("hybrid", "torch")
+def _torch(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
+    behind = k.shape[2] - q.shape[2] - window  # the newest key of query 0's tail
+    options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary}
+    parts = [linear.sums(tail_q, tail_k, v, phi, "past", behind, **options)[0]]
+    if not causal:
+        parts.append(linear.sums(tail_q, tail_k, v, phi, "future", window, **options)[0])
+    tails = [weighted(part, gate, slopes, window) for part in parts]
+    return merge(near(q, k, v, window, causal, key_mask, slopes, scale, rotary), *tails)
+
+
+def near(q, k, v, window, causal, key_mask, slopes, scale, rotary) -> Attended:
+    """The window's part."""
+    if rotary is not None:
+        q, k = rotary[0](q), rotary[1](k)
+    options = {"key_mask": key_mask, "slopes": slopes, "scale": scale, "return_mass": True}
+    return sliding_window_attention(q, k, v, window=window, causal=causal, **options)
+
+
+def weighted(tail: Attended, gate: Tensor, slopes: Tensor | None, window: int) -> Attended:
+    """A tail with its gate, its nearest key being `window` away."""
+    tail = linear.further(tail, slopes, window)
+    return Attended(tail.out, tail.log_mass + gate.to(tail.log_mass.dtype)[:, None])
+
+
+def resume(
+    q, k, v, tail_q, tail_of, state: State, *, window, phi, gate, key_mask, slopes, scale, backend, rotary=None
+) -> tuple[Attended, State]:
+    """Causal continuation: new keys stand behind the ring's, and the oldest leave the ring for the sums.
+
+    tail_of: what phi acts on, from keys; applied once to each key, when it leaves.
+    """
+    length = q.shape[2]
+    ring = extend_ring(state, k, v, key_mask)
+    if rotary is not None:
+        rotary = (rotary[0], rotary[1].extended(window))
+    attended = near(q, ring["keys"], ring["values"], window, True, ring["mask"], slopes, scale, rotary)
+    tail, past = linear.sums(
+        tail_q,
+        tail_of(ring["keys"][:, :, :length]),
+        ring["values"][:, :, :length],
+        phi,
+        "past",
+        0,
+        key_mask=ring["mask"][:, :length],
+        slopes=slopes,
+        rotary=None if rotary is None else (rotary[0], rotary[1].first(length)),
+        state={"sum": state["sum"], "count": state["count"]},
+        keep=True,
+        backend=backend,
+    )
+    return merge(attended, weighted(tail, gate, slopes, window)), {**keep_ring(ring, window), **past}
+
+
+def empty_state(heads: Heads, features: int, window: int, batch: int, positions, device, dtype) -> State:
+    """An empty ring of `window` keys and values, and empty sums."""
+    return {
+        **empty_ring(heads, batch, window, device, dtype),
+        **linear.empty_sum(heads, features, batch, positions, device, dtype),
+    }
+
+
+@register(
+    "hybrid",
+    summary="softmax over the nearest keys and a linear tail over all others, one normaliser; linear",
+    source="this project's mass form; parts: arXiv:2402.18668, arXiv:2410.10254",
+)
+class HybridAttention(Variant):
+    """A softmax window and a linear tail with a learned weight per head.
+
+    Args:
+        window: keys nearer than this are attended exactly.
+        feature_map: phi of the tail, "elu", "relu" or "taylor".
+        feature_dim: project q and k of the tail to this width (learned, per head); None: 16 for taylor, else none.
+    """
+
+    can = frozenset({"causal", "bidirectional", "recurrent", "mass"})
+    positions = frozenset({"rope", "alibi"})
+
+    def __init__(self, heads: Heads, *, window: int = 64, feature_map: str = "elu", feature_dim: int | None = None):
+        super().__init__(heads)
+        check_window(window)
+        self.window, self.map = window, positive_map(feature_map)
+        self.project = linear.FeatureProjection(heads, feature_map, feature_dim)
+        self.gate = nn.Parameter(torch.full((heads.query,), self.map.log_gate(self.project.width)))
+
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        causal=False,
+        key_mask=None,
+        rotary=None,
+        slopes=None,
+        dropout=0.0,
+        return_mass=False,
+        backend="auto",
+    ) -> Attended:
+        parts = self._parts(q, slopes, backend)
+        return attend(q, k, v, *self.project(q, k), causal=causal, key_mask=key_mask, rotary=rotary, **parts)
+
+    def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
+        features = self.map.width(self.project.width)
+        return empty_state(self.heads, features, self.window, batch, positions, device, dtype)
+
+    def resume(self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto"):
+        parts = self._parts(q, slopes, backend)
+        tail_q = self.project.queries(q)
+        return resume(q, k, v, tail_q, self.project.keys, state, key_mask=key_mask, rotary=rotary, **parts)
+
+    def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
+        h, width = self.heads, self.project.width
+        tail = linear.sums_cost(h, self.map, width, batch, length, length, True, positions, element_bytes)
+        sides = 1 if causal else 2
+        pairs = band_pairs(length, self.window, causal)
+        ring = self.window * (h.key * element_bytes * (h.width + h.value_width) + 1)
+        return self.project.cost(batch, length, length) + Cost(
+            flops=sides * tail.flops + 2 * batch * h.query * pairs * (h.width + h.value_width),
+            bytes_moved=(1 + sides) * tail.bytes_moved,
+            state_bytes=batch * ring + tail.state_bytes if causal else 0,
+            parameters=h.query,
+        )
+
+    def _parts(self, q: Tensor, slopes: Tensor | None, backend: str) -> dict:
+        scale = q.shape[-1] ** -0.5
+        return {
+            "window": self.window,
+            "phi": self.map,
+            "gate": self.gate,
+            "slopes": slopes,
+            "scale": scale,
+            "backend": backend,
+        }

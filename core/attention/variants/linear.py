@@ -1,0 +1,358 @@
+r"""Linear attention: a kernel phi(q).phi(k) in place of exp(q.k), so keys and values sum up before any query asks.
+
+    o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j),    log_mass_i = log of the denominator
+
+Time linear in the length, bidirectional, causal and cross. The decoding state is S = sum_j phi(k_j) [v_j, 1]^T.
+
+With ALiBi slopes every weight is multiplied by exp(-slope_h |i - j|): a constant decay per head. With rotary positions
+see `core.attention.positions`: kernel maps (taylor) rotate before phi; other maps rotate phi, in the numerator only.
+
+Source:
+    Katharopoulos et al. 2020, arXiv:2006.16236
+
+Where we differ:
+    No epsilon is added to the denominator. Maps that can vanish (relu) have a floor of 1e-6 per visible key instead,
+    so its strength does not depend on the length and the log mass stays exact. A masked key leaves numerator and
+    denominator (masking the values alone does not).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.attention.backends import implementation, resolve
+from core.attention.blocked.linear import CHUNK, linear_forward
+from core.attention.contract import (
+    Attended,
+    Cost,
+    Heads,
+    State,
+    Variant,
+    accumulator,
+    check_inputs,
+    hide,
+    merge,
+    repeat_heads,
+)
+from core.attention.feature_maps import FEATURE_MAPS, FeatureMap
+from core.attention.feature_maps import feature_map as phi_named
+from core.attention.registry import register
+
+
+def reference(fq, fk, v, seen, normalize=True) -> Attended:
+    """The definition, dense: features fq [B, H, L, F], fk [B, H, M, F]; seen weighs pairs, [.., L, M], 0 = hidden."""
+    a = fq @ fk.transpose(-1, -2) * seen
+    mass = a.sum(-1)
+    empty = ~(seen != 0).any(-1) | (mass == 0)
+    out = a @ v
+    if normalize:
+        out = out / mass.masked_fill(empty, 1.0).unsqueeze(-1)
+    return Attended(out, mass.masked_fill(empty, 1.0).log().masked_fill(empty, -torch.inf))
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str = "elu",
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    slopes: Tensor | None = None,
+    normalize: bool = True,
+    state: State | None = None,
+    return_state: bool = False,
+    return_mass: bool = False,
+    backend: str = "auto",
+) -> Tensor | Attended | tuple[Tensor | Attended, State]:
+    """Attention in time linear in the length: every query reads a running (or total) sum over the keys.
+
+    Args:
+        q: queries [B, H, L, D]; any scale lives in the feature map.
+        k: keys [B, K, M, D]; H is a multiple of K.
+        v: values [B, K, M, E].
+        feature_map: name of phi, one of `core.attention.feature_maps.FEATURE_MAPS`.
+        causal: query i sees key j iff j <= i + M - L.
+        key_mask: bool [B, M], True where a key is real.
+        slopes: [H] ALiBi slopes; weights decay by exp(-slope_h |i + M - L - j|). Two-sided needs L = M.
+        normalize: divide by the sum of the weights; without it there is no mass.
+        state: what earlier keys summed to, from `return_state`; with `causal` a continuation, without it a
+            precomputed context (k and v may then be empty).
+        return_state: also return the state after these keys.
+        return_mass: return `Attended` with the log mass.
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        [B, H, L, E] in the dtype of v, or `Attended`; with `return_state` a pair with the state: "sum"
+        [B, K, F, E + 1] and "count" [B], in float32 (float64 for float64 inputs). K is H with slopes.
+
+    Raises:
+        ValueError: shapes disagree, unknown map, a mass that does not exist, or two-sided decay with a state.
+    """
+    check_inputs(q, k, v, key_mask)
+    phi = phi_named(feature_map)
+    if return_mass and not (normalize and phi.positive):
+        why = "normalize=False" if phi.positive else f"feature map {feature_map!r} is signed"
+        raise ValueError(f"linear attention has no mass here: {why}")
+    two_sided = slopes is not None and not causal
+    if two_sided and (state is not None or return_state):
+        raise ValueError("two-sided decay depends on where each query stands, so it has no state; use causal=True")
+    if two_sided and q.shape[2] != k.shape[2]:
+        raise ValueError(f"two-sided decay needs as many queries as keys, got L={q.shape[2]}, M={k.shape[2]}")
+    options = {"key_mask": key_mask, "slopes": slopes, "normalize": normalize, "backend": backend}
+    attended, new = attend(q, k, v, phi, causal=causal, state=state, keep=return_state, **options)
+    result = attended if return_mass else attended.out
+    return (result, new) if return_state else result
+
+
+def attend(
+    q,
+    k,
+    v,
+    phi: FeatureMap,
+    *,
+    causal,
+    key_mask=None,
+    slopes=None,
+    rotary=None,
+    state=None,
+    keep=False,
+    normalize=True,
+    backend="auto",
+) -> tuple[Attended, State]:
+    """`linear_attention` without its checks, with rotary positions; always gives a pair."""
+    options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "normalize": normalize, "backend": backend}
+    if causal:
+        return sums(q, k, v, phi, "past", k.shape[2] - q.shape[2], state=state, keep=keep, **options)
+    if slopes is None:
+        return sums(q, k, v, phi, "both", 0, state=state, keep=keep, **options)
+    past, _ = sums(q, k, v, phi, "past", 0, **options)  # with the diagonal
+    future, _ = sums(q, k, v, phi, "future", 1, **options)
+    if normalize:
+        return merge(past, further(future, slopes)), {}
+    return Attended(past.out + future.out * torch.exp(-slopes.to(v.dtype))[:, None, None], None), {}
+
+
+def further(attended: Attended, slopes: Tensor | None, distance: int = 1) -> Attended:
+    """The same keys seen from `distance` further away: decay takes a constant off the mass and leaves the mean."""
+    if slopes is None:
+        return attended
+    return Attended(attended.out, attended.log_mass - distance * slopes.to(attended.log_mass.dtype)[:, None])
+
+
+def sums(
+    q,
+    k,
+    v,
+    phi: FeatureMap,
+    direction: str,
+    offset: int,
+    *,
+    key_mask=None,
+    slopes=None,
+    rotary=None,
+    state=None,
+    keep=False,
+    normalize=True,
+    backend="auto",
+) -> tuple[Attended, State]:
+    """Sums over all keys ("both"), keys j <= i + offset ("past") or j >= i + offset ("future").
+
+    With slopes a weight decays by exp(-slope |i + offset - j|). Rotary positions act before phi for kernel maps; for
+    other maps on the features, in the numerator only.
+    """
+    if slopes is not None:
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    k, v = hide(k, key_mask), hide(v, key_mask)
+    needs = ("state",) if state is not None or keep else ()
+    run = resolve("linear", backend, q.device.type, q.dtype, needs).run
+    before = (None, None) if state is None else (state["sum"], state["count"])
+    count = _count(q, k, key_mask, before[1]) if keep else None
+    if rotary is None or phi.kernel:
+        if rotary is not None:
+            q, k = rotary[0](q), rotary[1](k)
+        attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
+        return attended, {"sum": total, "count": count}
+    fq, fk = phi.features(q), hide(phi.features(k), key_mask)
+    # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones.
+    plain = None if state is None else state["sum"][..., -1:]
+    turned, total = run(
+        rotary[0](fq), rotary[1](fk), v, FEATURE_MAPS["identity"], direction, offset, key_mask, slopes, False, *before
+    )
+    mass, ones = run(q, k, v[..., :0], phi, direction, offset, key_mask, slopes, True, plain, before[1])
+    total = None if total is None else torch.cat((total[..., :-1], ones), -1)
+    out = turned.out
+    if normalize:
+        low = math.log(phi.floor) if phi.floor else -math.inf
+        inverse = torch.exp(-mass.log_mass.clamp(min=low)).masked_fill(mass.log_mass == -torch.inf, 0.0)
+        out = (out * inverse.unsqueeze(-1)).to(v.dtype)
+    return Attended(out, mass.log_mass), {"sum": total, "count": count}
+
+
+@implementation("linear", "reference")
+def _reference(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, count) -> tuple[Attended, None]:
+    ahead = torch.arange(q.shape[2], device=q.device)[:, None] + offset - torch.arange(k.shape[2], device=q.device)
+    seen = {"both": torch.ones_like(ahead), "past": ahead >= 0, "future": ahead <= 0}[direction].to(q.dtype)
+    if slopes is not None:
+        seen = seen * torch.exp(-slopes.to(q.dtype)[:, None, None] * ahead.abs())
+    if key_mask is not None:
+        seen = seen * key_mask[:, None, None, :]
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    return reference(phi.features(q), phi.features(k), v, seen, normalize), None
+
+
+@implementation("linear", "torch", serves=("state",))
+def _torch(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, count) -> tuple[Attended, Tensor]:
+    out, mass, _, total = linear_forward(
+        q, k, v, key_mask, slopes, state, count, phi.name, direction, offset, normalize
+    )
+    return Attended(out, mass), total
+
+
+def _count(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
+    """Keys summed so far, [B]."""
+    if key_mask is None:
+        new = torch.full((k.shape[0],), k.shape[2], dtype=accumulator(q.dtype), device=k.device)
+    else:
+        new = key_mask.sum(-1, dtype=accumulator(q.dtype))
+    return new if before is None else new + before
+
+
+class FeatureProjection(nn.Module):
+    """What q and k go through before phi: a per-head projection to the map's width, and RMS normalisation.
+
+    Kernel maps estimate exp(q.k) near 0 only and their width grows with D squared, so they act on 16 normalised
+    dimensions by default. Other maps act on the head as it is.
+
+    Args:
+        heads: head geometry.
+        name: feature map.
+        width: dimensions to project to; None: 16 for kernel maps (the head's own width if smaller), else no projection.
+    """
+
+    def __init__(self, heads: Heads, name: str, width: int | None):
+        super().__init__()
+        self.map = phi_named(name)
+        if width is not None and not 1 <= width <= heads.width:
+            raise ValueError(f"feature_dim must be from 1 to the head width {heads.width}, got {width}")
+        default = min(16, heads.width) if self.map.kernel else heads.width
+        self.width = default if width is None else width
+        self.query = self.key = None
+        if self.width != heads.width:
+            self.query = nn.Parameter(torch.empty(heads.query, heads.width, self.width))
+            self.key = nn.Parameter(torch.empty(heads.key, heads.width, self.width))
+            with torch.no_grad():
+                for table in (self.query, self.key):
+                    for one in table:
+                        nn.init.orthogonal_(one)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(q [B, H, L, width], k [B, K, M, width])."""
+        return self.queries(q), self.keys(k)
+
+    def queries(self, q: Tensor) -> Tensor:
+        """What phi acts on, from queries [B, H, L, D]."""
+        return self._narrow(q, self.query)
+
+    def keys(self, k: Tensor) -> Tensor:
+        """What phi acts on, from keys [B, K, M, D]."""
+        return self._narrow(k, self.key)
+
+    def _narrow(self, x: Tensor, table: Tensor | None) -> Tensor:
+        y = x if table is None else x @ table
+        return (F.rms_norm(y, (self.width,)) if self.map.kernel else y).to(x.dtype)
+
+    def cost(self, batch: int, length: int, keys: int) -> Cost:
+        """Cost of projecting `length` queries and `keys` keys."""
+        if self.query is None:
+            return Cost()
+        numbers = self.query.numel(), self.key.numel()
+        return Cost(flops=2 * batch * (length * numbers[0] + keys * numbers[1]), parameters=sum(numbers))
+
+
+@register(
+    "linear",
+    summary="a feature map in place of exp: running sums, constant-size state; linear",
+    source="Katharopoulos et al. 2020, arXiv:2006.16236; taylor: Arora et al. 2024, arXiv:2402.18668",
+)
+class LinearAttention(Variant):
+    """Normalised linear attention with any feature map of `core.attention.feature_maps`.
+
+    Args:
+        feature_map: "elu", "relu" or "taylor".
+        feature_dim: project q and k to this width first (learned, per head); None: 16 for taylor, else no projection.
+    """
+
+    can = frozenset({"causal", "bidirectional", "cross", "recurrent", "mass"})
+    positions = frozenset({"rope", "alibi"})
+
+    def __init__(self, heads: Heads, *, feature_map: str = "elu", feature_dim: int | None = None):
+        super().__init__(heads)
+        self.project = FeatureProjection(heads, feature_map, feature_dim)
+        self.map = self.project.map
+        if not self.map.positive:
+            raise ValueError(f"feature map {feature_map!r} is signed: normalised attention needs a positive one")
+
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        causal=False,
+        key_mask=None,
+        rotary=None,
+        slopes=None,
+        dropout=0.0,
+        return_mass=False,
+        backend="auto",
+    ) -> Attended:
+        q, k = self.project(q, k)
+        attended, _ = attend(
+            q, k, v, self.map, causal=causal, key_mask=key_mask, slopes=slopes, rotary=rotary, backend=backend
+        )
+        return attended
+
+    def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
+        return empty_sum(self.heads, self.map.width(self.project.width), batch, positions, device, dtype)
+
+    def resume(self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto"):
+        q, k = self.project(q, k)
+        options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": backend}
+        return sums(q, k, v, self.map, "past", 0, state=state, keep=True, **options)
+
+    def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
+        keys = length if keys is None else keys
+        inner = sums_cost(
+            self.heads, self.map, self.project.width, batch, length, keys, causal, positions, element_bytes
+        )
+        return inner + self.project.cost(batch, length, keys)
+
+
+def empty_sum(heads: Heads, features: int, batch: int, positions: str | None, device, dtype) -> State:
+    """The sums before the first key; one per query head under ALiBi, whose decay differs per head."""
+    acc = accumulator(dtype or torch.float32)
+    per = heads.query if positions == "alibi" else heads.key
+    return {
+        "sum": torch.zeros(batch, per, features, heads.value_width + 1, device=device, dtype=acc),
+        "count": torch.zeros(batch, device=device, dtype=acc),
+    }
+
+
+def sums_cost(heads: Heads, phi: FeatureMap, width: int, batch, length, keys, causal, positions, element_bytes) -> Cost:
+    """Cost of the sums themselves: chunked when causal, two products when not."""
+    features, values = phi.width(width), heads.value_width + 1
+    key_heads = heads.query if positions == "alibi" else heads.key
+    state = 2 * features * values  # reading it for one query, or writing one key to it
+    flops = heads.query * length * state + key_heads * keys * state
+    if causal or positions == "alibi":
+        chunk = min(CHUNK["past"], max(1, length))
+        flops += heads.query * length * 2 * chunk * (features + values)
+        flops *= 1 if causal else 2
+    return Cost(
+        flops=batch * flops,
+        bytes_moved=batch * element_bytes * (heads.query * length + heads.key * keys) * (width + heads.value_width),
+        state_bytes=batch * (4 * key_heads * features * values + 4) if causal else 0,
+    )
