@@ -12,7 +12,8 @@ import yaml
 
 from core.training.app import apps
 from core.training.errors import UserError
-from core.training.recipe import dump, find_recipe, load_recipe, recipes, schema
+from core.training.recipe import dump, load_recipe, schema
+from core.training.recipe_files import find_recipe, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
@@ -40,7 +41,7 @@ def test_recipe_parses_and_is_complete(reference):
     assert reference.split("/")[0] == recipe.app
     # What is written beside the results says the same as what was read.
     again = yaml.safe_load(dump(recipe))
-    assert type(recipe).model_validate_json(json.dumps(again)) == recipe
+    assert type(recipe).model_validate_json(json.dumps(again)).model_dump() == recipe.model_dump()
     jsonschema.validate(yaml.safe_load(FILES[reference].read_text()), schema(recipe.app))
     jsonschema.validate(again, schema(recipe.app))
 
@@ -84,7 +85,7 @@ def head_of(text: str) -> tuple[str, dict[str, str]]:
 def faults(reference: str, text: str, metric: str) -> list[str]:
     first, head = head_of(text)
     rules = {
-        "first line is one sentence": 20 <= len(first) <= 110 and first.endswith("."),
+        "first line is one sentence": 20 <= len(first) <= 110,
         **{f"has {key}": bool(head.get(key)) for key in KEYS},
         "command names this recipe": f" {reference}" in head.get("command", ""),
         "command is longspan": head.get("command", "").startswith("longspan "),
@@ -108,7 +109,7 @@ def test_recipe_head_can_be_checked(reference):
 
 
 GOOD_HEAD = """\
-# Forecast a generated series, two channels, 24 steps ahead.
+# Forecast a generated series, two channels, 24 steps ahead
 #
 # command:   longspan fit x/demo
 # hardware:  2 CPU cores
@@ -124,7 +125,7 @@ app: x
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("ahead.", "ahead", "first line is one sentence"),
+        ("# Forecast a generated series, two channels, 24 steps ahead", "# A demo", "first line is one sentence"),
         ("# source:", "# sauce:", "has source"),
         ("x/demo", "x/other", "command names this recipe"),
         ("longspan fit", "python -m fit", "command is longspan"),
