@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 19
-"""Elements of the largest temporary of a block: 2 MiB in float32, measured best of 2^17..2^22 on 2 CPU cores with
-1 MiB of L2 and 32 MiB of L3 (2026-11-21); a GPU wants larger blocks, see `block_elements`."""
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of the largest temporary of a block: 1 MiB in float32, measured best of 2^17..2^22 on a CPU core with
+512 KiB of L2 (2026-11-21); a GPU wants larger blocks, see `block_elements`."""
 
 
 def block_elements(device: torch.device) -> int:
@@ -31,11 +31,3 @@ def batches(batch: int, elements_per_item: int, device: torch.device) -> Iterato
 def full_precision(device: torch.device):
     """Turn autocast off inside an op: a block is widened on purpose and must not be narrowed again."""
     return torch.autocast(device.type, enabled=False)
-
-
-def refuse_gradient(*tensors: torch.Tensor | None) -> None:
-    """Say plainly that the blocked backward has no derivative of its own."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            "second derivatives through blocked attention are not available; use backend='reference' for them"
-        )

@@ -1,13 +1,13 @@
 """Sliding-window softmax attention with its log mass, a run of row blocks at a time.
 
-Rows are cut into blocks of `ROWS`; the keys that a block can see are one slice of fixed width, so scores are dense
-small matrices under one constant band, here ROWS = 2 and window 3, causal and two-sided:
+Rows are cut into blocks; the keys that a block can see are one slice of fixed width, so scores are dense small
+matrices under one constant band, here for blocks of 2 rows and window 3, causal and two-sided:
 
     keys  -2 -1  0  1          -2 -1  0  1  2  3
     row 0  1  1  1  .     row 0  1  1  1  1  1  .
     row 1  .  1  1  1     row 1  .  1  1  1  1  1
 
-Time L (ROWS + reach), memory linear. The backward recomputes the weights from the log mass and adds the overlapping
+Time L (rows + reach), memory linear. The backward recomputes the weights from the log mass and adds the overlapping
 key gradients piece by piece.
 """
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from core.attention.blocked import block_elements, full_precision
 from core.attention.contract import accumulator
 
-ROWS = 64
-"""Rows per block, measured best of 16..128 for window 64 on 2 CPU cores (2026-11-21)."""
+ROWS = (32, 128)
+"""Fewest and most rows per block. A quarter of the window between them: 32 was best of 32, 64, 128 for window 64 on a
+CPU core (2026-11-21); wider windows want more rows per copy of their keys."""
 
 
 class _Band:
@@ -27,7 +28,7 @@ class _Band:
     def __init__(self, queries: int, keys: int, window: int, causal: bool):
         window = min(window, max(queries, keys))  # no two positions are further apart
         self.queries, self.keys, self.window, self.causal = queries, keys, window, causal
-        self.rows = min(ROWS, max(1, queries))
+        self.rows = max(1, min(queries, max(ROWS[0], min(ROWS[1], window // 4))))
         reach = self.rows + (window - 1) * (1 if causal else 2)
         self.width = -(-reach // self.rows) * self.rows  # whole blocks, so that gradients add up block by block
         self.first = keys - queries - (window - 1) - (self.width - reach)  # key index of column 0 for row block 0

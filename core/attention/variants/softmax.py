@@ -83,7 +83,7 @@ def softmax_attention(
         "mass": return_mass,
         "dropout": dropout > 0,
         "alibi": slopes is not None,
-        "causal with a mask or bias": causal and q.shape[2] > 1 and (key_mask is not None or bias is not None),
+        "causal with a mask or bias": causal and (key_mask is not None or bias is not None) and q.shape[2] > 1,
         "causal with L != M": not square,
     }
     needs = tuple(name for name, wanted in asked.items() if wanted)
@@ -116,7 +116,8 @@ def _sdpa(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
         mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
     grouped = q.shape[1] != k.shape[1]
-    causal = causal and q.shape[2] > 1  # a single query sees every key
+    if causal and q.shape[2] != k.shape[2]:  # a single query, which sees every key
+        causal = False
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
