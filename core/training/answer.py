@@ -38,8 +38,9 @@ def headline(plan: Plan, table: Table) -> str:
                 f"No variant has shown its worth here: {best.variant}, the best of them ({score}), "
                 f"does not beat the floor {floor} by more than seed noise."
             )
-    if len(table.rows) == 1:
-        return f"The only variant, {best.variant}, reaches {score}."
+    if len(finished) == 1:
+        which = "The only variant" if len(table.rows) == 1 else "The only variant with a finished run"
+        return f"{which}, {best.variant}, reaches {score}."
     if most == 1:
         return f"One seed cannot separate variants: {best.variant} comes out first ({score}); run at least three seeds."
     return _recommendation(plan, table, best, [row for row in finished if row is not best], score)

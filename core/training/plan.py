@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from core.attention.registry import available, nearest
+from core.attention.registry import available, entry, nearest
 from core.training.app import get_app
 from core.training.errors import UserError
 from core.training.ledger import Plan
@@ -155,7 +155,7 @@ def _same_butattention_overrides(recipes: dict[str, Recipe]) -> tuple[dict[str, 
     shared: dict[str, Any] = {}
     for label, recipe in recipes.items():
         config = recipe.model_dump(mode="json")
-        attention, layout = config.pop("attention"), config["backbone"].pop("layout")
+        attention, layout = complete(config.pop("attention")), config["backbone"].pop("layout")
         del config["seed"]
         attentions[label] = attention if layout is None else {"layout": layout, **attention}
         shared = shared or config
@@ -168,6 +168,13 @@ def _same_butattention_overrides(recipes: dict[str, Recipe]) -> tuple[dict[str, 
             if other != label and chosen == attentions[label]:
                 raise UserError(f"{other!r} and {label!r} are the same attention here: {flow(chosen)}")
     return shared, attentions
+
+
+def complete(attention: dict[str, Any]) -> dict[str, Any]:
+    """An attention section with the options that it leaves to their defaults."""
+    if "variant" not in attention:
+        return {letter: complete(chosen) for letter, chosen in attention.items()}
+    return {"variant": attention["variant"], **entry(attention["variant"]).options, **attention}
 
 
 def differing(a: dict[str, Any], b: dict[str, Any], *, harmless: set[str] | None = None) -> list[str]:

@@ -85,7 +85,8 @@ def three_digits(value: float, *, most: int = 3) -> str:
     """Three significant digits without an exponent, at most `most` decimals."""
     if value == 0:
         return "0"
-    decimals = max(0, min(most, 2 - _exponent(abs(value))))
+    rounded = abs(float(f"{value:.3g}"))  # 0.9999 has the decimals of 1.00
+    decimals = max(0, min(most, 2 - _exponent(rounded)))
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
