@@ -1,6 +1,7 @@
 """compare with a small program in the place of the training run, and once with the real one."""
 
 import json
+import os
 import re
 import signal
 import subprocess
