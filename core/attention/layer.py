@@ -84,8 +84,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(dim, self.num_kv_heads * width, bias=bias)
         self.value = nn.Linear(dim, self.num_kv_heads * width, bias=bias)
         self.output = nn.Linear(num_heads * width, dim, bias=bias)
-        self.query_norm = nn.RMSNorm(width) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(width) if qk_norm else nn.Identity()
+        self.query_norm = nn.RMSNorm(width) if qk_norm else None
+        self.key_norm = nn.RMSNorm(width) if qk_norm else None
         slopes = alibi_slopes(num_heads) if positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         for layer in (self.query, self.key, self.value, self.output):
@@ -225,10 +225,15 @@ class Attention(nn.Module):
         def heads(y: Tensor, number: int) -> Tensor:
             return y.unflatten(-1, (number, -1)).transpose(1, 2)
 
-        q = self.query_norm(heads(self.query(x), self.num_heads))
-        k = self.key_norm(heads(self.key(context), self.num_kv_heads))
-        v = heads(self.value(context), self.num_kv_heads)
-        return q.to(v.dtype), k.to(v.dtype), v  # autocast runs norms in float32
+        q, k, v = (
+            heads(self.query(x), self.num_heads),
+            heads(self.key(context), self.num_kv_heads),
+            heads(self.value(context), self.num_kv_heads),
+        )
+        if self.query_norm is not None:  # in the precision of its gain, also under autocast
+            q = self.query_norm(q.to(self.query_norm.weight.dtype)).to(v.dtype)
+            k = self.key_norm(k.to(self.key_norm.weight.dtype)).to(v.dtype)
+        return q, k, v
 
     def _merge_heads(self, out: Tensor) -> Tensor:
         return self.output(out.transpose(1, 2).flatten(-2))

@@ -41,14 +41,18 @@ from core.attention.feature_maps import feature_map as phi_named
 from core.attention.registry import register
 
 
-def reference(fq, fk, v, seen, normalize=True) -> Attended:
-    """The definition, dense: features fq [B, H, L, F], fk [B, H, M, F]; seen weighs pairs, [.., L, M], 0 = hidden."""
+def reference(fq, fk, v, seen, normalize=True, floor=0.0) -> Attended:
+    """The definition, dense: features fq [B, H, L, F], fk [B, H, M, F]; seen weighs pairs, [.., L, M], 0 = hidden.
+
+    floor: the least denominator per visible key, for maps that can vanish; the mass is that of the true sum.
+    """
     a = fq @ fk.transpose(-1, -2) * seen
     mass = a.sum(-1)
-    empty = ~(seen != 0).any(-1) | (mass == 0)
+    empty = mass == 0
     out = a @ v
     if normalize:
-        out = out / mass.masked_fill(empty, 1.0).unsqueeze(-1)
+        least = floor * (seen != 0).sum(-1)
+        out = out / torch.maximum(mass, least.to(mass.dtype)).masked_fill(empty, 1.0).unsqueeze(-1)
     return Attended(out, mass.masked_fill(empty, 1.0).log().masked_fill(empty, -torch.inf))
 
 
@@ -200,7 +204,7 @@ def _reference(q, k, v, phi, direction, offset, key_mask, slopes, normalize, sta
     if key_mask is not None:
         seen = seen * key_mask[:, None, None, :]
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    return reference(phi.features(q), phi.features(k), v, seen, normalize), None
+    return reference(phi.features(q), phi.features(k), v, seen, normalize, phi.floor), None
 
 
 @implementation("linear", "torch", serves=("state",))

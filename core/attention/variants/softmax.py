@@ -116,7 +116,7 @@ def _sdpa(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
         mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
     grouped = q.shape[1] != k.shape[1]
-    if causal and q.shape[2] != k.shape[2]:  # a single query, which sees every key
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):  # a single query, which sees every key
         causal = False
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped

@@ -1,0 +1,38 @@
+"""The catalogue is read from the source without torch, and agrees with the classes."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from core.attention import available
+from core.attention.registry import check, entry, nearest, variant_class
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_entry_read_from_the_source_is_the_class(name):
+    cls = variant_class(name)
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    assert entry(name).options == {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert entry(name).summary
+    assert entry(name).source
+    assert cls.name == name
+    assert cls.can <= {"causal", "bidirectional", "cross", "recurrent", "mass", "dropout"}
+
+
+def test_listing_and_checking_load_no_torch():
+    program = (
+        "import sys; from core.attention import available; from core.attention.registry import check\n"
+        "assert 'hybrid' in available(); check('hybrid', {'window': 3})\n"
+        "from core.layout import expand_layout; expand_layout({}, 'lls', 6)\n"
+        "assert 'torch' not in sys.modules, 'torch was loaded'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_unknown_words_get_the_nearest_spelling():
+    assert nearest("hybird", available()) == " (did you mean 'hybrid'?)"
+    assert nearest("qqqq", available()) == ""
+    with pytest.raises(ValueError, match=r"no option 'feature_mop' \(did you mean 'feature_map'\?\)"):
+        check("linear", {"feature_mop": "elu"})

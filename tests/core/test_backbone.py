@@ -1,0 +1,108 @@
+"""Stacks: layouts, positions, decoding, recomputation, cost."""
+
+import pytest
+import torch
+
+from core.backbone import Decoder, Encoder
+from core.layout import expand_layout
+
+HYBRID = {"variant": "hybrid", "window": 3}
+
+
+def test_a_layout_word_is_repeated_over_the_depth():
+    letters = {"s": {"variant": "softmax"}, "l": {"variant": "linear", "feature_map": "relu"}}
+    layers = expand_layout(letters, "lls", 5)
+    assert [layer["variant"] for layer in layers] == ["linear", "linear", "softmax", "linear", "linear"]
+    assert layers[0]["feature_map"] == "relu"
+    assert [layer["variant"] for layer in expand_layout({}, "wh", 3)] == ["window", "hybrid", "window"]
+    encoder = Encoder(16, 3, 2, letters, layout="ls")
+    assert [block.attention.variant.name for block in encoder.blocks] == ["linear", "softmax", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "layout", "message"),
+    [
+        ({}, "lx", "letter 'x' has no meaning; known letters: h, l, s, w"),
+        ({"s": {"variant": "softmax"}}, None, "given per letter"),
+        ({"variant": "linear"}, "ls", "mixes variants by letter"),
+        ({"s": {"variant": "softmax"}}, "l", "does not use the letter 's'"),
+        ({"l": {"variant": "linear", "feature_mop": 1}}, "l", "did you mean 'feature_map'"),
+        ({}, "", "empty"),
+    ],
+)
+def test_a_layout_that_means_nothing_is_refused(attention, layout, message):
+    with pytest.raises(ValueError, match=message):
+        expand_layout(attention, layout, 4)
+
+
+@pytest.mark.parametrize("positions", [None, "sinusoidal", "learned", "rope", "alibi"])
+def test_a_stack_decodes_masks_and_packs_like_one_pass(positions):
+    encoder = Encoder(16, 2, 2, {}, layout="hs", causal=True, positions=positions, max_length=64).double().eval()
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    want = encoder(x)
+    states, got = encoder.init_state(2), []
+    y, states = encoder.prefill(x[:, :7], states)
+    got.append(y)
+    for t in range(7, 12):
+        y, states = encoder.step(x[:, t], states)
+        got.append(y.unsqueeze(1))
+    torch.testing.assert_close(torch.cat(got, 1), want)
+    mask = torch.tensor([[True] * 12, [False] * 4 + [True] * 8])
+    shifted = torch.cat((torch.randn(4, 16, dtype=torch.float64), x[1, :8]))[None]
+    padded = encoder(torch.cat((x[:1], shifted)), key_mask=mask)
+    torch.testing.assert_close(padded[1, 4:], encoder(x[1:, :8])[0])
+    packed = encoder(x[:1], cu_seqlens=torch.tensor([0, 5, 5, 12]))
+    torch.testing.assert_close(packed, torch.cat((encoder(x[:1, :5]), encoder(x[:1, 5:])), 1))
+
+
+def test_learned_positions_say_where_they_end():
+    encoder = Encoder(16, 1, 2, {"variant": "linear"}, causal=True, positions="learned", max_length=8)
+    assert encoder(torch.randn(1, 20, 16)).shape == (1, 20, 16)
+    with pytest.raises(ValueError, match="learned positions reach 8, this input needs 20"):
+        encoder(torch.randn(1, 20, 16), key_mask=torch.ones(1, 20, dtype=torch.bool))
+    with pytest.raises(ValueError, match="needs max_length"):
+        Encoder(16, 1, 2, {"variant": "linear"}, positions="learned")
+    with pytest.raises(ValueError, match=r"unknown positions 'sinusodal' \(did you mean 'sinusoidal'\?\)"):
+        Encoder(16, 1, 2, {"variant": "linear"}, positions="sinusodal")
+
+
+def test_recomputation_changes_memory_not_numbers():
+    torch.manual_seed(0)
+    plain = Encoder(16, 3, 2, HYBRID, dropout=0.2)
+    saving = Encoder(16, 3, 2, HYBRID, dropout=0.2, checkpoint=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 20, 16)
+    gradients = []
+    for encoder in (plain, saving):
+        torch.manual_seed(3)
+        encoder(x).square().sum().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_the_decoder_reads_its_context_and_decodes_stepwise():
+    decoder = Decoder(16, 2, 2, HYBRID, cross={"variant": "linear"}, positions="sinusoidal").double().eval()
+    x, context = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 11, 16, dtype=torch.float64)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, 6:] = False
+    want = decoder(x, context, context_mask=mask)
+    changed = context.clone()
+    changed[0, 6:] += 5
+    torch.testing.assert_close(decoder(x, changed, context_mask=mask), want)
+    assert not torch.allclose(decoder(x, changed), decoder(x, context))
+    states, got = decoder.init_state(2), []
+    for t in range(9):
+        y, states = decoder.step(x[:, t], states, context, mask)
+        got.append(y)
+    torch.testing.assert_close(torch.stack(got, 1), want)
+    with pytest.raises(ValueError, match="cannot do 'cross'"):
+        Decoder(16, 1, 2, HYBRID, cross={"variant": "window"})
+
+
+def test_cost_adds_up():
+    encoder = Encoder(16, 3, 2, HYBRID, causal=True, positions="learned", max_length=32)
+    cost = encoder.cost(2, 20)
+    assert cost.parameters == sum(p.numel() for p in encoder.parameters())
+    one = encoder.blocks[0].attention.cost(2, 20)
+    assert cost.flops == 3 * (one.flops + 4 * 2 * 20 * 16 * 64)
+    assert cost.state_bytes == 3 * one.state_bytes
