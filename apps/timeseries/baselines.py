@@ -88,10 +88,10 @@ def floors(recipe: Recipe, data: Data) -> dict[str, dict[str, float]]:
     season = spec["season"]
     if season is not None and season <= spec["lookback"]:
         found["seasonal_naive"] = _score(test, spec, lambda past: seasonal_naive(past, horizon, season))
-    if test.optimal is not None:
+    if test.best is not None:
         errors = ForecastErrors(spec["scaler"]["mean"], spec["scaler"]["std"], horizon)
-        for chosen in torch.arange(len(test)).split(BATCH):
-            errors.update(test.optimal_futures(chosen.tolist()), test.__getitems__(chosen.tolist())["future"])
+        for index, origin in enumerate(test.origins.tolist()):
+            errors.update(torch.from_numpy(test.best(origin).T)[None], test[index]["future"][None])
         found["noise_floor"] = errors.compute()
     return found
 

@@ -1,7 +1,6 @@
 """From a recipe to train, validation and test windows, with everything that was found on the way."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from apps.timeseries.baselines import fit_ridge
 from apps.timeseries.clock import Clock, written
-from apps.timeseries.generated import generate
+from apps.timeseries.generated import Generated, generate
 from apps.timeseries.model import pack
 from apps.timeseries.recipe import DataSection, TimeSeriesRecipe
 from apps.timeseries.splits import Borders, find_borders
@@ -31,21 +30,18 @@ def build_data(recipe: TimeSeriesRecipe) -> Data:
         UserError: one line for any mistake in the file, or a series too short for the windows.
     """
     options = recipe.data
-    optimal = None
     if options.generated is not None:
         made = generate(options.generated)
         stamps = pd.date_range("2024-01-01", periods=len(made.values), freq="h")
         names = [f"series_{c + 1}" for c in range(made.values.shape[1])]
         report = {"rows": len(made.values), "frequency": "h", "warnings": []}
-        table, optimal = Table(made.values, names, stamps, Clock("date", "date", "h"), report), made.optimal
-        source = "generated"
-    else:
-        path = find_file(options)
-        table, source = read_table(path, options), str(path)
-    return cut(table, recipe, source, optimal)
+        table = Table(made.values, names, stamps, Clock("date", "date", "h"), report)
+        return cut(table, recipe, "generated", made)
+    path = find_file(options)
+    return cut(read_table(path, options), recipe, str(path))
 
 
-def cut(table: Table, recipe: TimeSeriesRecipe, source: str, optimal: np.ndarray | None = None) -> Data:
+def cut(table: Table, recipe: TimeSeriesRecipe, source: str, made: Generated | None = None) -> Data:
     """Windows of a checked table: borders, scaler from the training part alone, one tensor that all parts share."""
     options = recipe.data
     borders = find_borders(options, table.stamps)
@@ -63,7 +59,7 @@ def cut(table: Table, recipe: TimeSeriesRecipe, source: str, optimal: np.ndarray
 
     values = _rows(scaler.standardise(known).astype(np.float32))
     observed = _rows(~holes) if masked else None
-    best = _rows(scaler.standardise(optimal).astype(np.float32)) if optimal is not None else None
+    best = None if made is None else lambda origin: scaler.standardise(made.best_forecast(origin, horizon))
     ends = {"train": (0, borders.train), "val": (borders.train, borders.val), "test": (borders.val, borders.test)}
     parts = {
         part: Windows(
@@ -74,7 +70,7 @@ def cut(table: Table, recipe: TimeSeriesRecipe, source: str, optimal: np.ndarray
             part=part,
             stride=options.train_stride if part == "train" else 1,
             observed=observed,
-            optimal=best,
+            best=best,
         )
         for part, rows in ends.items()
     }
@@ -90,6 +86,7 @@ def cut(table: Table, recipe: TimeSeriesRecipe, source: str, optimal: np.ndarray
         "season": season,
         "reading": {name: getattr(options, name) for name in READING},
         # Of the test part alone, so that its forecasts carry dates also where the rows keep no regular step.
+        "val_from": borders.train,
         "test_from": borders.val,
         "test_stamps": [written(stamp) for stamp in table.stamps[borders.val : borders.test]],
     }
@@ -157,11 +154,7 @@ def check_lengths(borders: Borders, lookback: int, horizon: int) -> None:
 
 def reading_options(spec: dict[str, Any]) -> DataSection:
     """How the training file was read, with the target columns it had: for the files of `predict`."""
-    return DataSection(**{**spec["reading"], "targets": spec["columns"], "frequency": _frequency(spec)})
-
-
-def _frequency(spec: dict[str, Any]) -> str | None:
-    return spec["clock"]["frequency"] if spec["clock"]["kind"] == "date" else None
+    return DataSection(**{**spec["reading"], "targets": spec["columns"]})
 
 
 def _rows(values: np.ndarray) -> torch.Tensor:

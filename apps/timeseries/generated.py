@@ -2,13 +2,13 @@
 
     y[t] = season[t] + event[t] + event[t - lag] + noise[t]
 
-An event is a bump that comes unannounced, and once more, `lag` steps later. With lag >= horizon every echo in the
-horizon has its source in the past, so the best forecast is season[t] + event[t - lag], and its error is the noise and
-the new events, which nobody can know. A linear map of the look-back repeats the noise together with the event; a model
-that recognises an event repeats the event alone.
+An event is a bump that comes unannounced, and comes back once, `lag` steps later. With lag >= horizon every echo in the
+horizon has its source in the past. So nobody can forecast better than season + echo + the rest of a bump that has
+begun, and the error of that forecast, the noise and the new events, is the noise floor. A linear map of the look-back
+repeats the noise together with the event; a model that recognises an event repeats the event alone.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,30 +16,40 @@ from apps.timeseries.recipe import GeneratedSection
 
 BUMP = np.hanning(10)[1:-1]
 """The shape of an event, 8 steps, height 1."""
-HEIGHT = 5.0
+HEIGHT = 8.0
 """Of an event, in standard deviations of the noise."""
-RARITY = 40
+RARITY = 80
 """Mean number of steps between two events."""
 
 
-class Generated(NamedTuple):
-    """values [T, C] and the best forecast of each of them, optimal [T, C], both in the same units."""
+@dataclass(frozen=True)
+class Generated:
+    """values: the series; signal: the same without noise; starts: heights of events at their first step; all [T, C]."""
 
     values: np.ndarray
-    optimal: np.ndarray
+    signal: np.ndarray
+    starts: np.ndarray
+
+    def best_forecast(self, origin: int, horizon: int) -> np.ndarray:
+        """[H, C]: the signal after row `origin`, less the events that begin there or later."""
+        rows = slice(origin, origin + horizon)
+        new = np.apply_along_axis(lambda starts: np.convolve(starts, BUMP)[:horizon], 0, self.starts[rows])
+        return self.signal[rows] - new
 
 
 def generate(options: GeneratedSection) -> Generated:
     """Make the series; the same options give the same numbers."""
     rng = np.random.default_rng(options.seed)
-    t = np.arange(options.rows)
-    values, optimal = np.empty((2, options.rows, options.channels))
+    rows, lag = options.rows, options.lag
+    t = np.arange(rows)
+    values, signal, starts = np.empty((3, rows, options.channels))
     for channel in range(options.channels):
         day, week = rng.uniform(0, 2 * np.pi, 2)
         season = 2 * np.sin(2 * np.pi * t / 24 + day) + np.sin(2 * np.pi * t / 168 + week)
-        starts = rng.random(options.rows + options.lag) < 1 / RARITY
-        signs = np.where(rng.random(options.rows + options.lag) < 0.5, -1.0, 1.0)
-        event = np.convolve(starts * signs, HEIGHT * options.noise * BUMP)[: options.rows + options.lag]
-        optimal[:, channel] = season + event[: options.rows]
-        values[:, channel] = optimal[:, channel] + event[options.lag :] + rng.normal(0, options.noise, options.rows)
-    return Generated(values, optimal)
+        begins = rng.random(rows + lag) < 1 / RARITY
+        heights = begins * np.where(rng.random(rows + lag) < 0.5, -1.0, 1.0) * HEIGHT * options.noise
+        event = np.convolve(heights, BUMP)[: rows + lag]
+        starts[:, channel] = heights[lag:]
+        signal[:, channel] = season + event[lag:] + np.abs(event[:rows])
+        values[:, channel] = signal[:, channel] + rng.normal(0, options.noise, rows)
+    return Generated(values, signal, starts)

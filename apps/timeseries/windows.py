@@ -1,6 +1,6 @@
 """Windows over a table: every forecast origin of a part is an item, and a batch is cut from one tensor at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Windows(Dataset):
         part: "train", "val" or "test"; every batch carries it.
         stride: take every n-th origin.
         observed: [C, T] bool, False where `values` was filled in; None: everything was seen.
-        optimal: [C, T] the best forecast that the maker of generated data knows; None for real data.
+        best: gives the best possible forecast [H, C] after an origin, standardised; None for real data.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Windows(Dataset):
         part: str = "train",
         stride: int = 1,
         observed: Tensor | None = None,
-        optimal: Tensor | None = None,
+        best: Callable[[int], np.ndarray] | None = None,
     ):
-        self.values, self.observed, self.optimal = values, observed, optimal
+        self.values, self.observed, self.best = values, observed, best
         self.lookback, self.horizon, self.part = lookback, horizon, part
         origins = torch.arange(max(first, lookback), last - horizon + 1, stride)
         if observed is not None and len(origins):
@@ -89,12 +89,6 @@ class Windows(Dataset):
         """One item, without the batch axis."""
         batch = self.__getitems__([index])
         return {key: value[0] if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-    def optimal_futures(self, indices: Sequence[int]) -> Tensor:
-        """[B, C, horizon] of the best possible forecast; generated data only."""
-        if self.optimal is None:
-            raise ValueError("the best possible forecast is known for generated data only")
-        return self._futures(self.optimal, self.origins[torch.as_tensor(indices, dtype=torch.int64)])
 
     def _futures(self, rows: Tensor, origins: Tensor) -> Tensor:
         return rows.unfold(-1, self.horizon, 1)[:, origins].transpose(0, 1)
