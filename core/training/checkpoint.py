@@ -146,12 +146,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError) as error:
-        head = path.open("rb").read(2)
-        what = (
-            "an old pickle file, which could run code when loaded"
-            if head[:1] == b"\x80"
-            else "cut off or not a checkpoint"
-        )
+        with path.open("rb") as file:
+            pickled = file.read(1) == b"\x80"
+        what = "an old pickle file, which could run code when loaded" if pickled else "cut off or not a checkpoint"
         raise UnreadableCheckpoint(f"{path.name} ({path.stat().st_size} bytes) is {what}") from error
     if damaged:
         raise UnreadableCheckpoint(f"{path.name} is damaged (checksum of {damaged!r} does not fit)")
