@@ -15,8 +15,11 @@ class ToyData(Section):
 class ToyModel(Section):
     dropout: float = Field(0.2, ge=0, lt=1)
     """Share of inputs dropped in training."""
+    best_epoch: int | None = None
+    """The epoch that looks best in validation, whatever the weights; null: the one that is."""
     trap: str | None = None
-    """What goes wrong, and at which batch of the run: nan@7, grad@7, oom@7, slow@0, kill@7; null: nothing."""
+    """What goes wrong, and at which batch of the process: nan, grad, oom, kill, term, int, slow, or, counted in
+    batches of evaluation, termval, nanval; such as nan@7. termend@0: after the test. null: nothing."""
 
 
 class ToyRecipe(Recipe):

@@ -15,7 +15,7 @@ class ToyTask(Task):
         super().__init__(recipe, spec)
         self.model = nn.Sequential(nn.Linear(spec["width"], 16), nn.LayerNorm(16), nn.Linear(16, 1))
         kind, _, at = (recipe.model.trap or "none@-1").partition("@")
-        self.trap, self.trap_at, self.calls = kind, int(at), 0
+        self.trap, self.trap_at, self.calls, self.evaluated = kind, int(at), 0, 0
         self.start_evaluation()
 
     def start_evaluation(self):
@@ -42,17 +42,24 @@ class ToyTask(Task):
             return loss + torch.sqrt(self.model[0].weight.abs().sum() * 0)
         if self.trap == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        if self.trap == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.trap in ("kill", "term", "int"):
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[self.trap])
         return loss
 
     def eval_update(self, batch):
         x, y = batch
+        self.evaluated += 1
+        if self.trap == "termval" and self.evaluated - 1 == self.trap_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.trap == "nanval" and self.evaluated - 1 == self.trap_at:
+            y = y * float("nan")
         self.total += float(((self.model(x) - y) ** 2).sum())
         self.count += len(x)
 
     def eval_compute(self):
         mse = self.total / self.count
+        if self.recipe.model.best_epoch is not None:
+            mse = 1.0 + abs(self.current_epoch - self.recipe.model.best_epoch)
         self.start_evaluation()
         return {"mse": mse}
 
@@ -61,6 +68,8 @@ class ToyTask(Task):
         return {"parameters": parameters, "flops_per_item": 2 * parameters, "state_bytes": 0, "tokens_per_item": 1}
 
     def artifacts(self, run_dir):
+        if self.trap == "termend":
+            os.kill(os.getpid(), signal.SIGTERM)
         path = run_dir / "plots" / "toy.csv"
         path.parent.mkdir(exist_ok=True)
         path.write_text("plotted\n")
