@@ -3,7 +3,7 @@
 Every run is a process of its own with the same data order and budget; nothing but the attention differs, which is
 checked on the resolved recipes before the first run starts. What is finished stays: started again with the same
 folder, compare makes the runs that are missing, tries failed ones once more, and writes the report anew. A run that
-went NaN is a result (the same seed would end the same way); delete its line in runs.jsonl to try it again.
+went NaN is a result (the same seed would end the same way); delete its folder and its line in runs.jsonl to try again.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import yaml
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -160,6 +161,16 @@ def console(summary: Summary) -> Group:
             parts += [Text(table.headline), Text("")]
     parts += [Text(f"✗ {run.run_dir}: {run.error}", style="red") for run in summary.failures]
     return Group(*parts, Text(overall(plan, summary.tables), style="bold"))
+
+
+def print_comparison(summary: Summary, run_dir: Path, out: Console | None = None) -> None:
+    """Print to stdout: all of `console` on a terminal, elsewhere the answer alone; then where the page is."""
+    out = out or Console()
+    if out.is_terminal:
+        out.print(console(summary))
+    else:
+        out.print(Text(overall(summary.plan, summary.tables)), soft_wrap=True)
+    out.print(str(run_dir / "report.html"), highlight=False, soft_wrap=True)
 
 
 def summary_csv(summary: Summary) -> str:

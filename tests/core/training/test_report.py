@@ -18,7 +18,7 @@ from rich.console import Console
 from core.training.errors import UserError
 from core.training.ledger import Plan, Run, append_run, write_plan
 from core.training.report import load_summary, report
-from core.training.tables import console
+from core.training.tables import print_comparison
 
 TIME = {"softmax": 1.0, "window": 0.8, "linear": 0.48, "hybrid": 0.95}
 LEVEL = {"softmax": 0.392, "window": 0.381, "linear": 0.3825, "hybrid": 0.3808}
@@ -208,13 +208,19 @@ def test_a_comparison_without_a_finished_run_shows_its_failures(tmp_path):
 
 
 def test_the_console_says_it_too(finished):
-
-    terminal = Console(width=140, record=True, file=StringIO())
-    terminal.print(console(load_summary(finished)))
+    terminal = Console(width=140, record=True, file=StringIO(), force_terminal=True)
+    print_comparison(load_summary(finished), finished, terminal)
     text = " ".join(terminal.export_text().split())
     assert f"✗ linear/seed-3: {NAN}" in text
     assert "Use hybrid here: mse 0.3813 ± 0.0016 over 5 seeds, better than softmax" in text
-    assert text.endswith("are not separable from it.")
+    assert text.endswith(f"are not separable from it. {finished}/report.html")
+
+
+def test_a_script_gets_two_lines(finished, capsys):
+    print_comparison(load_summary(finished), finished)
+    answer, page = capsys.readouterr().out.splitlines()
+    assert answer.startswith("Use hybrid here")
+    assert Path(page) == finished / "report.html"
 
 
 def test_what_is_no_comparison_is_said(tmp_path):
