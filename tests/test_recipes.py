@@ -14,6 +14,7 @@ from core.training.app import apps
 from core.training.errors import UserError
 from core.training.recipe import dump, load_recipe, schema
 from core.training.recipe_files import find_recipe, recipes
+from core.training.yaml_values import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
@@ -42,14 +43,14 @@ def test_recipe_parses_and_is_complete(reference):
     # What is written beside the results says the same as what was read.
     again = yaml.safe_load(dump(recipe))
     assert type(recipe).model_validate_json(json.dumps(again)).model_dump() == recipe.model_dump()
-    jsonschema.validate(yaml.safe_load(FILES[reference].read_text()), schema(recipe.app))
+    jsonschema.validate(read_yaml(FILES[reference]), schema(recipe.app))
     jsonschema.validate(again, schema(recipe.app))
 
 
 @pytest.mark.parametrize("name", apps())
 def test_the_schema_refuses_what_the_loader_refuses(name):
     reference = f"{name}/demo"
-    values = yaml.safe_load(find_recipe(reference)[0].read_text())
+    values = read_yaml(find_recipe(reference)[0])
     values["trainer"] = {**values.get("trainer", {}), "epochz": 3}
     with pytest.raises(jsonschema.ValidationError, match="epochz"):
         jsonschema.validate(values, schema(name))
