@@ -28,7 +28,7 @@ with open(run_dir.parents[1] / "started.txt", "a") as file:
     file.write(name + (" bare" if "--no-floors" in sys.argv else "") + "\\n")
 run_dir.mkdir(parents=True, exist_ok=True)
 if action == "nan":
-    (run_dir / "failure.json").write_text(json.dumps({"status": "nan", "error": "loss is nan at step 7"}))
+    (run_dir / "failure.json").write_text(json.dumps({"status": "nan", "error": "loss is nan at step [7]"}))
     sys.exit(1)
 if action == "usage":
     print("longspan: data.path: there is no file 'mine.csv'", file=sys.stderr)
@@ -146,7 +146,7 @@ def test_failures_are_recorded_with_their_reason_and_tried_again(fake, toy):
     result = fake(plan)
     found = {run.run_dir: (run.status, run.error) for run in result.failures}
     assert found == {
-        "linear/seed-0": ("nan", "loss is nan at step 7"),
+        "linear/seed-0": ("nan", "loss is nan at step [7]"),
         "linear/seed-1": ("failed", "RuntimeError: the driver is gone"),
         "softmax/seed-2": (
             "failed",
@@ -164,6 +164,14 @@ def test_failures_are_recorded_with_their_reason_and_tried_again(fake, toy):
     # NaN is a result: the same seed would end the same way.
     assert [line.split()[0] for line in started(toy / "cmp")] == ["linear/seed-1", "softmax/seed-2", "linear/seed-2"]
     assert statuses(toy / "cmp")["linear/seed-1"] == "ok"
+
+
+def test_progress_tells_failures_at_once_and_is_quiet_in_a_pipe(fake, toy, capsys):
+    fake({"linear/seed-0": "nan"}, seeds=1)
+    assert capsys.readouterr() == ("", "")
+    fake({"linear/seed-1": "nan"}, seeds=2, quiet=False)
+    errors = capsys.readouterr().err
+    assert "✗ linear/seed-1: loss is nan at step [7]" in errors  # brackets are markup to rich
 
 
 def test_a_request_that_no_run_can_meet_stops_at_once_and_leaves_the_place_free(fake, toy):
