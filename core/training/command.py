@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message.replace(', key=value', '')}; see {self.prog} --help")
 
 
-def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="longspan", description="Long sequences: one attention core, apps, measured answers.")
     parser.add_argument("--version", action="version", version=f"longspan {_version()}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

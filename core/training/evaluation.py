@@ -5,7 +5,6 @@ or repeats the validation, depending on where it stopped), and a function that n
 """
 
 import math
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,12 +16,8 @@ from core.training.errors import RunFailed, UserError
 from core.training.interrupt import Stop
 from core.training.randomness import own_randomness
 from core.training.recipe import Recipe
+from core.training.run import local_rank
 from core.training.task import Task
-
-
-def local_rank() -> int:
-    """Number of this process in its group on this machine; 0 when it is alone."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def pick_device(recipe: Recipe) -> torch.device:

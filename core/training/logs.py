@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from rich.console import Console
@@ -56,12 +57,33 @@ class _Terminal(logging.Handler):
         self.console.print(record.getMessage(), markup=False, highlight=False)
 
 
+class Journal:
+    """log.txt: keeps what is said until the run has a folder, then writes there."""
+
+    def __init__(self) -> None:
+        self.waiting = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self.file: _LogFile | None = None
+
+    def open(self, path: Path) -> None:
+        """Write to this file from now on, what was said before first."""
+        self.file = _LogFile(path, encoding="utf-8")
+        self.file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.waiting.setTarget(self.file)
+        self.waiting.flush()
+        self.waiting.flushLevel = logging.NOTSET  # every line goes through at once
+
+    def close(self) -> None:
+        """Close the file."""
+        self.waiting.close()
+        if self.file is not None:
+            self.file.close()
+
+
 @contextmanager
-def logging_to(path: Path, console: Console | None) -> Iterator[None]:
-    """Inside, messages of core and apps, and warnings, are added to the file; to the terminal too if there is one."""
-    file = _LogFile(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    handlers: list[logging.Handler] = [file, *([_Terminal(console)] if console else [])]
+def logging_to(console: Console | None) -> Iterator[Journal]:
+    """Inside, messages of core and apps go to the journal that is yielded, and to the terminal if there is one."""
+    journal = Journal()
+    handlers: list[logging.Handler] = [journal.waiting, *([_Terminal(console)] if console else [])]
     loggers = [logging.getLogger(name) for name in OURS]
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -70,11 +92,11 @@ def logging_to(path: Path, console: Console | None) -> Iterator[None]:
         for handler in handlers:
             logger.addHandler(handler)
     try:
-        yield
+        yield journal
     finally:
         for logger, (level, propagate) in zip(loggers, before):
             logger.setLevel(level)
             logger.propagate = propagate
             for handler in handlers:
                 logger.removeHandler(handler)
-        file.close()
+        journal.close()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from core.training.sections import OptimSection
 
@@ -67,7 +68,7 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         now = [p.detach() for p in self._parameters.values()]
         mean = [self._mean[name] for name in self._parameters]
-        torch._foreach_lerp_(mean, now, 1 - decay)
+        get_ema_multi_avg_fn(decay)(mean, now, self.updates)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

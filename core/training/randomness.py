@@ -21,10 +21,10 @@ def seed_all(*parts: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """Where all generators are, in types that `weights_only` loading accepts."""
-    name, words, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, words, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(words.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(words, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

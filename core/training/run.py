@@ -68,28 +68,33 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best, self.last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
 
-    def begin(self, recipe: Recipe, *, resume: bool) -> None:
-        """Take the folder for this recipe.
+    def check(self, recipe: Recipe, *, resume: bool) -> None:
+        """Whether the folder can be had for this recipe; changes nothing.
 
         Raises:
             UserError: it holds a run and `resume` is off, or the run there has another recipe.
         """
-        if self.recipe.is_file():
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--run-dir {self.path} is a file")
+        if self.recipe.is_file() and local_rank() == 0:
             if not resume:
                 raise UserError(
                     f"{self.path} already holds a run; add --resume to continue it, or choose another --run-dir"
                 )
             self._same_recipe(recipe)
-        elif self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--run-dir {self.path} is a file")
+
+    @contextlib.contextmanager
+    def taken(self, recipe: Recipe) -> Iterator[None]:
+        """The folder is there, has its recipe, and is ours until the end."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the run folder {self.path}: {error.strerror}") from error
-        if not self.recipe.is_file():
-            write_text(self.recipe, dump(recipe))
-        with contextlib.suppress(FileNotFoundError):
-            self.failure.unlink()
+        with self.locked():
+            if not self.recipe.is_file():
+                write_text(self.recipe, dump(recipe))
+            self.failure.unlink(missing_ok=True)
+            yield
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -159,6 +164,11 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
+def local_rank() -> int:
+    """Number of this process in its group on this machine; 0 when it is alone."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all."""
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -221,6 +231,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def build_task(recipe: Recipe, app: App, spec: dict[str, Any]) -> Task:
+    """The app's task; a value that a part of the model refuses is a mistake in the recipe."""
+    try:
+        return app.part("task")(recipe, spec)
+    except ValueError as error:
+        raise UserError(f"{recipe.source}: {error}") from error
+
+
 def restore_weights(task: Task, checkpoint: dict[str, Any]) -> None:
     """Give the task the evaluation weights of a checkpoint: the running mean where there is one."""
     task.load_state_dict(checkpoint["state_dict"])
@@ -264,7 +282,7 @@ def load_run(run: str | Path) -> LoadedRun:
     record = checkpoint["longspan"]
     recipe = build_recipe(record["recipe"], source=record["source"])
     app = get_app(recipe.app)
-    task: Task = app.part("task")(recipe, record["spec"])
+    task = build_task(recipe, app, record["spec"])
     restore_weights(task, checkpoint)
     task.eval()
     return LoadedRun(run_dir, recipe, app, task, record["spec"])
@@ -292,7 +310,7 @@ def load_model(run: str | Path) -> nn.Module:
     try:
         config = json.loads(folder.config.read_text())
         recipe = build_recipe(config["recipe"], source=config["source"])
-        task: Task = get_app(recipe.app).part("task")(recipe, config["spec"])
+        task = build_task(recipe, get_app(recipe.app), config["spec"])
         safetensors.torch.load_model(task.model, str(folder.weights))
     except (json.JSONDecodeError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder.path}: config.json and model.safetensors do not form a model ({error})") from error

@@ -77,17 +77,17 @@ AttentionSection = Annotated[dict[str, Any], BeforeValidator(canonical_attention
 class BackboneSection(Section):
     """The stack of blocks around the attention."""
 
-    depth: int = Field(2, ge=1)
+    depth: int = Field(default=2, ge=1)
     """Number of blocks."""
-    dim: int = Field(64, ge=1)
+    dim: int = Field(default=64, ge=1)
     """Width of the model (channels)."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Attention heads; must divide dim."""
     layout: str | None = None
     """Word over the letters of `attention`, repeated over the depth, such as lls; null: every layer is alike."""
-    mlp_dim: int | None = Field(None, ge=1)
+    mlp_dim: int | None = Field(default=None, ge=1)
     """Width of the MLP inside a block; null: 4 * dim."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of activations dropped in training."""
     positions: str | None = None
     """How positions are told apart (sinusoidal, learned, rope, alibi); null: not at all, or by the app."""
@@ -108,21 +108,21 @@ class BackboneSection(Section):
 class OptimSection(Section):
     """AdamW, its schedule, clipping and averaging."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Decay of matrices; norms, biases and vectors are never decayed."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of AdamW's two running means."""
-    warmup: float = Field(0.05, ge=0)
+    warmup: float = Field(default=0.05, ge=0)
     """Linear warm-up: below 1 a share of all steps, from 1 on a number of steps."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """What follows the warm-up."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the cosine ends, as a share of lr."""
-    clip_norm: float = Field(1.0, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0)
     """Largest norm of all gradients together; 0: no clipping."""
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of the running mean of the weights that evaluation uses, such as 0.999; 0: off."""
 
     @model_validator(mode="after")
@@ -135,33 +135,33 @@ class OptimSection(Section):
 class TrainerSection(Section):
     """The loop: how long, how large, where."""
 
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(default=10, ge=1)
     """Passes over the training part, at most."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps, at most; null: epochs decide."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Items per forward pass and device."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """Batches per optimiser step."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic of forward and backward; weights stay in 32 bits."""
-    early_stopping: int = Field(0, ge=0)
+    early_stopping: int = Field(default=0, ge=0)
     """Epochs without a better validation metric after which the run ends; 0: never."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
-    devices: int = Field(1, ge=1)
+    devices: int = Field(default=1, ge=1)
     """Number of processes or GPUs."""
     strategy: Literal["auto", "ddp"] = "auto"
     """How several devices share the work."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; null: leave them."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     """Processes that load data; 0 is fastest for data in memory."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
-    log_every: int = Field(50, ge=1)
+    log_every: int = Field(default=50, ge=1)
     """Steps between two lines of the log when there is no progress bar."""
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
     """Steps between two checkpoints inside an epoch; 0: at the end of each epoch."""
 
 

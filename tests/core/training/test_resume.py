@@ -1,6 +1,7 @@
 """Killed and resumed = never interrupted, bit for bit; and signals leave a checkpoint to go on from."""
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -225,10 +226,10 @@ def test_resume_of_an_empty_folder_starts_the_run(toy):
     assert result.metrics["floors"] == {}
 
 
-def test_two_processes_in_one_folder(uninterrupted, toy):
-    import fcntl
-
-    with (uninterrupted / ".lock").open("w") as other:
+def test_two_processes_in_one_folder(toy):
+    (toy / "run").mkdir()
+    with (toy / "run" / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training in"):
-            fit("toy/demo", overrides=RECIPE, run_dir=uninterrupted, resume=True)
+            fit("toy/demo", run_dir=toy / "run", resume=True)
+    assert not (toy / "run" / "recipe.yaml").exists()

@@ -4,16 +4,16 @@ from core.training.recipe import Recipe, Section
 
 
 class ToyData(Section):
-    items: int = Field(96, ge=0)
+    items: int = Field(default=96, ge=0)
     """Items of the train part."""
-    width: int = Field(8, ge=1)
+    width: int = Field(default=8, ge=1)
     """Numbers per item."""
     with_val: bool = True
     """Whether there is a validation part."""
 
 
 class ToyModel(Section):
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of inputs dropped in training."""
     best_epoch: int | None = None
     """The epoch that looks best in validation, whatever the weights; null: the one that is."""
