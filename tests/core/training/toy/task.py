@@ -13,6 +13,8 @@ from core.training.task import Task
 class ToyTask(Task):
     def __init__(self, recipe, spec):
         super().__init__(recipe, spec)
+        if spec["width"] % 2:
+            raise ValueError(f"toy width must be even, got {spec['width']}")
         self.model = nn.Sequential(nn.Linear(spec["width"], 16), nn.LayerNorm(16), nn.Linear(16, 1))
         kind, _, at = (recipe.model.trap or "none@-1").partition("@")
         self.trap, self.trap_at, self.calls, self.evaluated = kind, int(at), 0, 0
