@@ -1,7 +1,8 @@
 """`compare`: the same recipe with several attentions and seeds, and an honest answer to which one to use.
 
 Every run is a process of its own with the same data order and budget; nothing but the attention differs, which is
-checked on the resolved recipes before the first run starts. What is finished stays: started again with the same
+checked on the resolved recipes before the first run starts. The runs read those, written to recipes/, so that editing
+the original in the meantime changes nothing. What is finished stays: started again with the same
 folder, compare makes the runs that are missing, tries failed ones once more, and writes the report anew. A run that
 went NaN is a result (the same seed would end the same way); delete its folder and its line in runs.jsonl to try again.
 """
@@ -16,9 +17,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+import yaml
+
 from core.training.errors import Interrupted, UserError
 from core.training.interrupt import Stop
-from core.training.ledger import Key, Plan, Run, append_run, read_plan, read_runs, write_plan
+from core.training.ledger import Key, Plan, Run, append_run, read_plan, read_runs, replace_text, write_plan
 from core.training.plan import attention_overrides, differing, flat, flow, make_plan
 from core.training.progress import Board
 from core.training.report import load_summary, report, write_report
@@ -93,6 +96,7 @@ def compare(
     with _locked(folder), stop.watching():
         plan = _continue(folder, plan)
         write_plan(folder, plan)
+        _freeze(folder, plan)
         runs = read_runs(folder)
         with Board(quiet, plan, total=len(asked), epochs=plan.configs[0]["trainer"]["epochs"], folder=folder) as board:
 
@@ -150,6 +154,21 @@ def _continue(folder: Path, plan: Plan) -> Plan:
     )
 
 
+def _freeze(folder: Path, plan: Plan) -> None:
+    """Write the recipe of every variant as it was checked; the runs add the seed."""
+    (folder / "recipes").mkdir(exist_ok=True)
+    for setting, config in zip(plan.settings, plan.configs):
+        for label, attention in plan.variants.items():
+            chosen = {key: value for key, value in attention.items() if key != "layout"}
+            backbone = {**config["backbone"], "layout": attention.get("layout")}
+            frozen = {**config, "backbone": backbone, "attention": chosen}
+            replace_text(folder / _recipe_file(setting, label), yaml.safe_dump(frozen, sort_keys=False))
+
+
+def _recipe_file(setting: Sequence[str], label: str) -> str:
+    return f"recipes/{_slug(' '.join([*setting, label]))}.yaml"
+
+
 def _is_done(run: Run | None) -> bool:
     return run is not None and run.status in ("ok", "nan")
 
@@ -163,7 +182,7 @@ def _jobs(plan: Plan, keys: Sequence[Key], runs: dict[Key, Run]) -> Iterator[Job
         floors = not known and (setting not in asked or failed)
         asked.add(setting)
         yield Job(
-            recipe=plan.recipe,
+            recipe=_recipe_file(setting, label),
             variant=label,
             seed=seed,
             overrides=(*plan.overrides, *setting, *attention_overrides(label), f"seed={seed}"),

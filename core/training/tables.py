@@ -21,7 +21,18 @@ from core.training.summary import COSTS, Compared, Row, Summary, Table
 
 COLUMNS = (
     *("setting", "variant", "part", "metric", "mean", "sd", "seeds", "failed", "missing"),
-    *("baseline", "difference", "low", "high", "p_holm", "verdict", "floor", "floor_value", "floor_verdict"),
+    *(
+        "baseline",
+        "difference",
+        "low",
+        "high",
+        "p_holm",
+        "verdict",
+        "floor",
+        "floor_value",
+        "floor_verdict",
+        "noise_floor",
+    ),
 )
 
 Cells = tuple[list[str], list[list[str]]]
@@ -156,6 +167,10 @@ def console(summary: Summary) -> Group:
         if table.best_floor:
             name, value = table.best_floor
             shown.add_row(name, units.fixed(value, table.decimals), *[""] * 4, "best floor", style="dim")
+        if table.noise_floor is not None:
+            shown.add_row(
+                "noise floor", units.fixed(table.noise_floor, table.decimals), *[""] * 4, "best possible", style="dim"
+            )
         parts += [shown, *(Text(f"! {warning}", style="yellow") for warning in table.warnings)]
         if len(summary.tables) > 1:
             parts += [Text(table.headline), Text("")]
@@ -192,6 +207,7 @@ def summary_csv(summary: Summary) -> str:
                 "baseline" if row.variant == plan.baseline else row.baseline and row.baseline.verdict,
                 *(table.best_floor or (None, None)),
                 row.floor and row.floor.verdict,
+                table.noise_floor,
             ]
             lines.writerow([*found, *(row.cost[name] for name in COSTS)])
     return text.getvalue()

@@ -29,7 +29,14 @@ USAGE = 2  # the exit code of a command that was asked for something impossible
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be made: the reference of the recipe, what differs, and where it goes."""
+    """One run to be made.
+
+    Attributes:
+        recipe: file of the resolved recipe, relative to the compare folder as `run_dir` is.
+        overrides: what turns the recipe that the user named into this run; kept for the record.
+        floors: whether this run computes the floors.
+        threads: of the CPU; None: as many as it likes.
+    """
 
     recipe: str
     variant: str
@@ -43,7 +50,7 @@ class Job:
 
     def command(self, folder: Path) -> list[str]:
         """The process to start; `--resume` continues what an interrupted comparison left."""
-        words = [sys.executable, "-m", "apps", "fit", self.recipe, *self.overrides]
+        words = [sys.executable, "-m", "apps", "fit", str(folder / self.recipe), f"seed={self.seed}"]
         if self.threads is not None:
             words.append(f"trainer.threads={self.threads}")
         words += ["--run-dir", str(folder / self.run_dir), "--resume"]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from core.training.compare import compare
-from core.training.errors import UserError
+from core.training.errors import Interrupted, UserError
 from core.training.ledger import read_runs
+from core.training.recipe import load_recipe
 from core.training.report import report
 from core.training.workers import start
 
@@ -266,6 +267,23 @@ def test_a_second_signal_does_not_wait_for_stubborn_runs(toy, toy_environment):
     for name in plan:
         with pytest.raises(ProcessLookupError):
             os.kill(int((toy / "cmp" / name / "ready").read_text()), 0)
+
+
+def test_editing_the_recipe_meanwhile_changes_nothing(toy, monkeypatch):
+    own = toy / "own.yaml"
+    own.write_text("app: toy\nattention: {variant: window, window: 8}\noptim: {lr: 0.5}\n")
+    seen = []
+
+    def edited(job, folder, slot):
+        own.write_text("app: toy\noptim: {lr: 0.1}\n")
+        seen.append(load_recipe(folder / job.recipe, [f"seed={job.seed}"]))
+        raise Interrupted(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        compare(own, variants=["hybrid", "linear"], seeds=[3], run_dir=toy / "cmp", start=edited)
+    (recipe,) = seen
+    assert (recipe.optim.lr, recipe.seed, recipe.attention["window"]) == (0.5, 3, 8)
+    assert recipe.attention["variant"] == "hybrid"
 
 
 def test_two_comparisons_do_not_share_a_folder(fake, toy):
