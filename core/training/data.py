@@ -79,8 +79,7 @@ class EpochOrder(Sampler[list[int]]):
             order = torch.randperm(self.length, generator=generator)
         else:
             order = torch.arange(self.length)
-        missing = self.items * self.world - self.length
-        return torch.cat([order, order[:missing]])[self.rank :: self.world] if self.world > 1 else order
+        return order[torch.arange(self.rank, self.items * self.world, self.world) % self.length]
 
     def __iter__(self) -> Iterator[list[int]]:
         order, start, self.start = self.indices(), self.start, 0

@@ -24,11 +24,13 @@ def pick_device(recipe: Recipe) -> torch.device:
     """Where the recipe runs in this process.
 
     Raises:
-        UserError: it asks for a GPU and there is none, or for more than there are.
+        UserError: it asks for a GPU and there is none, or for more than there are; or for fp16 without a GPU.
     """
     wanted, devices = recipe.trainer.accelerator, recipe.trainer.devices
     found = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not found):
+        if recipe.trainer.precision == "16-mixed":  # Lightning would take bf16 instead
+            raise UserError("trainer.precision=16-mixed needs a GPU; on a CPU use 32-true or bf16-mixed")
         return torch.device("cpu")
     if found < devices:
         raise UserError(f"trainer.accelerator={wanted} with trainer.devices={devices}, but torch sees {found} GPUs")

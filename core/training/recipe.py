@@ -6,6 +6,7 @@ the nearest spelling. No torch here.
 
 import json
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,6 +91,7 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
     """A recipe from plain values, as `load_recipe` does after reading its file."""
+    values = deepcopy(values)  # overrides are written into it
     if "app" not in values:
         raise UserError(f"{source}: the key 'app' is missing; write 'app: NAME', known apps: {', '.join(apps())}")
     schema = recipe_class(values["app"], source)
@@ -102,7 +104,7 @@ def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, sourc
         if key == "app":
             raise UserError(f"override {override!r}: a recipe belongs to its app; choose another recipe instead")
         given[key] = override
-        _put(values, key, _value(override, text), schema)
+        _put(values, override, _value(override, text), schema)
     try:
         # By way of JSON: strict there means no "64" for 64, while paths, dates and tuples are written as YAML has them.
         recipe = schema.model_validate_json(json.dumps(values), strict=True)
@@ -128,7 +130,7 @@ def recipe_class(app: Any, source: str) -> type[Recipe]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal one."""
+    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to the same values."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -145,12 +147,14 @@ def _value(override: str, text: str) -> Any:
         raise UserError(f"override {override!r}: the value is not YAML; quote it, as in key='\"...\"'") from error
 
 
-def _put(values: dict[str, Any], key: str, value: Any, schema: type[BaseModel]) -> None:
+def _put(values: dict[str, Any], override: str, value: Any, schema: type[BaseModel]) -> None:
     """Set a dotted key; missing sections on the way are made, so that the schema can judge the whole path."""
+    key = override.partition("=")[0].strip()
     *sections, last = key.split(".")
     if key == "attention":
         value = _switch(values.get("attention"), value)
-        if isinstance(value, dict) and "variant" in value and isinstance(values.get("backbone"), dict):
+        single = isinstance(value, str) or (isinstance(value, dict) and "variant" in value)
+        if single and isinstance(values.get("backbone"), dict):
             values["backbone"].pop("layout", None)  # one variant for all layers: the word has lost its meaning
     for at, section in enumerate(sections):
         inner = values.get(section)
@@ -161,8 +165,11 @@ def _put(values: dict[str, Any], key: str, value: Any, schema: type[BaseModel]) 
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise UserError(f"override {key!r}: {'.'.join(sections[: at + 1])} is a value ({inner!r}), not a section")
-        values[section] = values = inner  # type: ignore[assignment]
+            raise UserError(
+                f"override {override!r}: {'.'.join(sections[: at + 1])} is a value ({inner!r}), not a section"
+            )
+        values[section] = inner
+        values = inner
     values[last] = value
 
 
@@ -189,6 +196,8 @@ def _line(problem: Any, schema: type[BaseModel], values: dict[str, Any], source:
     key = ".".join(keys)
     related = [o for o in given if key and (f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}."))]
     where = f"override {given[related[-1]]!r}" if related else source
+    if not key and given:
+        where = f"{source} with {' '.join(given.values())}"
     if problem["type"] == "extra_forbidden":
         fields = _fields(schema, keys[:-1])
         return f"{where}: unknown key {key!r}{nearest(keys[-1], fields)}; known there: {', '.join(fields)}"

@@ -1,7 +1,7 @@
 """YAML by the rules that people expect.
 
-`1e-3` is a number, `no` and dates are words, a key given twice is an error. PyYAML alone takes the first for a string,
-the second for false, the third for a date, and of a key given twice the last.
+`1e-3` is a number; `no`, dates, 12:30 and 010 are words; a key given twice is an error. PyYAML alone takes these for a
+string, false, a date, 750 and 8, and of a key given twice the last.
 """
 
 import re
@@ -14,10 +14,12 @@ from core.training.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with 1e-3 as a number, only true and false as booleans, no dates, no duplicate keys."""
+    """SafeLoader with the rules above."""
 
     yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -30,6 +32,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), "-+0123456789"
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

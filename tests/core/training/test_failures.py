@@ -171,6 +171,11 @@ def test_no_gpu_is_said(toy, capsys):
     assert "trainer.accelerator=gpu with trainer.devices=1, but torch sees 0 GPUs" in line
 
 
+def test_fp16_on_a_cpu_is_refused(toy, capsys):
+    line = failed(capsys, ["fit", "toy/demo", "trainer.precision=16-mixed", "--run-dir", "run"], code=2)
+    assert "trainer.precision=16-mixed needs a GPU; on a CPU use 32-true or bf16-mixed" in line
+
+
 def test_run_without_validation_keeps_its_last_epoch(toy):
     result = fit("toy/demo", overrides=["data.with_val=false"], run_dir="run")
     assert result.metrics["val"] == {}

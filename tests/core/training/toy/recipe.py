@@ -15,6 +15,8 @@ class ToyData(Section):
 class ToyModel(Section):
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of inputs dropped in training."""
+    quiet: bool = False
+    """Nothing random in the loss."""
     best_epoch: int | None = None
     """The epoch that looks best in validation, whatever the weights; null: the one that is."""
     trap: str | None = None

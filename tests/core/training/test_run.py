@@ -1,0 +1,180 @@
+"""What a finished run leaves behind, and that it comes back to life with the same numbers."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+
+from core.training.checkpoint import read_checkpoint
+from core.training.errors import UserError
+from core.training.fit import evaluate, fit
+from core.training.predict import predict
+from core.training.recipe import load_recipe
+from core.training.run import load_model, load_run
+from core.training.task import Task
+
+
+@pytest.fixture(scope="module")
+def run(toy_site, tmp_path_factory):
+    """A run whose best epoch is not its last, with averaged weights."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    overrides = ["trainer.epochs=5", "model.best_epoch=2", "optim.ema=0.8", "data.items=90"]
+    return fit("toy/demo", overrides=overrides, run_dir=run_dir)
+
+
+def points(run):
+    data = run.app.part("data")(run.recipe)
+    return data.test.x, data.test.y
+
+
+def test_the_folder_holds_what_the_design_says(run):
+    names = {str(path.relative_to(run.run_dir)) for path in run.run_dir.rglob("*") if path.is_file()}
+    assert names == {
+        *("recipe.yaml", "metrics.json", "metrics.csv", "environment.json", "data.json", "log.txt", ".lock"),
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "model.safetensors", "config.json", "plots/toy.csv"),
+    }
+    metrics = json.loads((run.run_dir / "metrics.json").read_text())
+    assert metrics == run.metrics
+    assert list(metrics) == ["val", "test", "floors", "cost"]
+    assert metrics["floors"]["zero"]["mse"] > metrics["test"]["mse"]
+    measured = {"tokens_per_s", "step_ms", "peak_bytes", "seconds"}
+    assert set(metrics["cost"]) == {"parameters", "flops_per_item", "state_bytes", "tokens_per_item", *measured}
+    assert all(metrics["cost"][name] > 0 for name in measured)
+    assert json.loads((run.run_dir / "data.json").read_text()) == {"items": {"train": 90, "test": 50}}
+    assert load_recipe(run.run_dir / "recipe.yaml").model_dump() == load_run(run.run_dir).recipe.model_dump()
+    with (run.run_dir / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["step"]) for row in rows] == [
+        ("0", "6"),
+        ("1", "12"),
+        ("2", "18"),
+        ("3", "24"),
+        ("4", "30"),
+    ]
+    assert [float(row["val_mse"]) for row in rows] == [3, 2, 1, 2, 3]
+    assert float(rows[-1]["lr"]) == 0
+
+
+def test_the_best_epoch_with_its_averaged_weights_is_what_counts(run):
+    best, last = (read_checkpoint(run.run_dir / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert (best["global_step"], last["global_step"]) == (18, 30)
+    loaded = load_run(run.run_dir)
+    weight = loaded.task.model[0].weight.detach()
+    assert torch.equal(weight, best["longspan"]["average"]["mean"]["model.0.weight"])
+    assert not torch.equal(weight, best["state_dict"]["model.0.weight"])
+    x, y = points(loaded)
+    with torch.no_grad():
+        mse = float(((loaded.task.model(x) - y) ** 2).mean())
+    # The toy's own figure is what `best_epoch` says; the floor of this check is the run's prediction itself.
+    with torch.no_grad():
+        assert torch.equal(load_model(run.run_dir)(x), loaded.task.model(x))
+    assert mse < run.metrics["floors"]["zero"]["mse"]
+
+
+def test_training_improves_on_the_floor_and_evaluate_repeats_the_figure(toy):
+    result = fit("toy/demo", run_dir="run", overrides=["optim.ema=0.5"])
+    before = json.loads((toy / "run" / "metrics.json").read_text())
+    loaded = load_run("run")
+    x, y = points(loaded)
+    with torch.no_grad():
+        assert result.metrics["test"]["mse"] == pytest.approx(float(((loaded.task.model(x) - y) ** 2).mean()), rel=1e-5)
+    (toy / "run" / "metrics.json").unlink()
+    assert evaluate("run") == before
+    assert evaluate("run", floors=False)["floors"] == before["floors"], "those that are there are kept"
+    assert not loaded.task.training
+
+
+def test_a_checkpoint_file_alone_is_enough_to_predict(run, toy):
+    shutil.copy(run.run_dir / "checkpoints" / "best.ckpt", toy / "alone.ckpt")
+    (toy / "in.txt").write_text(" ".join(["0.5"] * 16))
+    assert predict("alone.ckpt", "in.txt", "deep/out.txt") == [toy.relative_to(toy) / "deep" / "out.txt"]
+    values = [float(line) for line in (toy / "deep" / "out.txt").read_text().split()]
+    with torch.no_grad():
+        expected = load_model(run.run_dir)(torch.full((2, 8), 0.5)).flatten().tolist()
+    assert values == expected
+    with pytest.raises(UserError, match=r"there is no input file 'nope\.txt'"):
+        predict("alone.ckpt", "nope.txt", "out.txt")
+    with pytest.raises(UserError, match="is a checkpoint file; give the folder of the run"):
+        evaluate("alone.ckpt")
+
+
+def test_same_seed_same_result_other_seed_another(toy):
+    runs = [
+        fit("toy/demo", overrides=[f"seed={s}"], run_dir=name, floors=False)
+        for name, s in [("a", 0), ("b", 0), ("c", 1)]
+    ]
+    assert runs[0].metrics["test"] == runs[1].metrics["test"]
+    assert runs[0].metrics["test"] != runs[2].metrics["test"]
+    assert (toy / "a" / "model.safetensors").read_bytes() == (toy / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.gpu)])
+def test_mixed_precision_learns_the_same_to_its_precision(precision, toy):
+    common = ["model.quiet=true", "trainer.accelerator=auto"]
+    exact = fit("toy/demo", run_dir="exact", overrides=common, floors=False)
+    mixed = fit("toy/demo", run_dir="mixed", overrides=[*common, f"trainer.precision={precision}"], floors=False)
+    assert mixed.metrics["test"] != exact.metrics["test"], "the precision was not used"
+    assert mixed.metrics["test"]["mse"] == pytest.approx(exact.metrics["test"]["mse"], rel=0.05)
+
+
+def test_accumulation_is_a_larger_batch(toy):
+    """Two batches of 8 accumulated make the step that one of 16 makes (the toy draws nothing at dropout 0)."""
+    plain = ["model.dropout=0", "model.quiet=true", "optim.warmup=3"]
+    large = fit("toy/demo", run_dir="large", overrides=[*plain, "trainer.batch_size=16"], floors=False)
+    small = fit(
+        "toy/demo", run_dir="small", overrides=[*plain, "trainer.batch_size=8", "trainer.accumulate=2"], floors=False
+    )
+    assert small.metrics["test"]["mse"] == pytest.approx(large.metrics["test"]["mse"], rel=1e-4)
+
+
+def test_max_steps_ends_the_run_in_the_middle_of_an_epoch(toy):
+    result = fit("toy/demo", run_dir="run", overrides=["trainer.max_steps=8"], floors=False)
+    last = read_checkpoint(toy / "run" / "checkpoints" / "last.ckpt")
+    assert (last["global_step"], last["longspan"]["finished"]) == (8, "max_steps=8 reached")
+    assert result.epochs == 2
+    with (toy / "run" / "metrics.csv").open() as file:
+        assert float(list(csv.DictReader(file))[-1]["lr"]) == 0, "the schedule is that of 8 steps"
+
+
+def test_clipping_bounds_the_gradient(toy, monkeypatch):
+    norms = []
+    step = Task.optimizer_step
+
+    def look(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+
+    monkeypatch.setattr(Task, "optimizer_step", look)
+    fit("toy/demo", overrides=["optim.clip_norm=0.25", "trainer.epochs=1"], run_dir="clipped", floors=False)
+    assert len(norms) == 6
+    assert max(norms) == pytest.approx(0.25, rel=1e-3)
+    norms.clear()
+    fit("toy/demo", overrides=["optim.clip_norm=0", "trainer.epochs=1"], run_dir="free", floors=False)
+    assert max(norms) > 1
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_load_model_says_what_is_missing(missing, run, toy):
+    shutil.copytree(run.run_dir, toy / "copy")
+    (toy / "copy" / missing).unlink()
+    with pytest.raises(UserError, match=f"has no {missing}; it is written when a run finishes"):
+        load_model("copy")
+
+
+def test_load_model_of_damaged_weights(run, toy):
+    shutil.copytree(run.run_dir, toy / "copy")
+    (toy / "copy" / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="do not form a model"):
+        load_model("copy")
+
+
+def test_no_run_there(toy):
+    (toy / "empty").mkdir()
+    with pytest.raises(UserError, match="there is no run folder or checkpoint 'nowhere'"):
+        load_run("nowhere")
+    with pytest.raises(UserError, match="empty holds no checkpoint; is it the folder of a run"):
+        load_run("empty")
+    with pytest.raises(UserError, match="is an address"):
+        load_run("hf://somebody/model.ckpt")
