@@ -5,7 +5,7 @@
 Which attention stands in which layer is a word, see `core.layout`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ class MLP(nn.Sequential):
     """Two linear maps with a GELU between them, applied to each position."""
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
-        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
-        for layer in (self[0], self[3]):
+        outer, inner = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        super().__init__(outer, nn.GELU(), nn.Dropout(dropout), inner)
+        self.hidden = hidden
+        for layer in (outer, inner):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -86,7 +88,7 @@ class Block(nn.Module):
         return self._rest(x + self.drop(y), context, context_mask), state
 
     def _rest(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
-        if self.cross is not None:
+        if self.cross is not None and self.cross_norm is not None:
             if context is None:
                 raise ValueError("this block has cross-attention and needs a context [B, M, C]")
             x = x + self.drop(self.cross(self.cross_norm(x), context, key_mask=context_mask))
@@ -147,21 +149,23 @@ class _Stack(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
+    def __iter__(self) -> Iterator[Block]:
+        yield from self.blocks  # type: ignore[misc]  (a ModuleList does not know what it holds)
+
     def cost(self, batch: int, length: int, context: int | None = None) -> Cost:
         """Cost of one forward pass over [batch, length] (and a context of that length), all layers."""
         total = Cost(parameters=sum(p.numel() for p in self.parameters()))
-        for block in self.blocks:
+        for block in self:
             parts = [block.attention.cost(batch, length)]
             if block.cross is not None:
                 parts.append(block.cross.cost(batch, length, length if context is None else context))
-            hidden = block.mlp[0].out_features
-            parts.append(Cost(flops=4 * batch * length * self.dim * hidden))
+            parts.append(Cost(flops=4 * batch * length * self.dim * block.mlp.hidden))
             total = sum((Cost(p.flops, p.bytes_moved, p.state_bytes) for p in parts), total)
         return total
 
     def init_state(self, batch_size: int) -> list[State]:
         """One decoding state per layer."""
-        return [block.attention.init_state(batch_size) for block in self.blocks]
+        return [block.attention.init_state(batch_size) for block in self]
 
     def prefill(
         self, x: Tensor, states: list[State], context: Tensor | None = None, context_mask: Tensor | None = None
@@ -170,7 +174,7 @@ class _Stack(nn.Module):
         start = states[0]["position"][:, None]
         x = self._place(x, None, None, start)
         new = []
-        for block, state in zip(self.blocks, states):
+        for block, state in zip(self, states):
             x, state = block.prefill(x, state, context, context_mask)
             new.append(state)
         return self.norm(x), new
@@ -192,7 +196,7 @@ class _Stack(nn.Module):
             at = at - starts[torch.searchsorted(starts, at, right=True) - 1]
         elif key_mask is not None:
             at = (key_mask.cumsum(-1) - 1).clamp(min=0)
-        if self.positions == "sinusoidal":
+        if self.table is None:
             return self.drop(x + sinusoidal(at, self.dim).to(x.dtype))
         known = self.table.table.shape[0]
         plain = start is None and cu_seqlens is None and key_mask is None
@@ -207,7 +211,7 @@ class _Stack(nn.Module):
         return self.drop(x + self.table.table[at])
 
     def _run(self, x: Tensor, *args, **kwargs) -> Tensor:
-        for block in self.blocks:
+        for block in self:
             if self.checkpoint and self.training and torch.is_grad_enabled():
                 x = recompute(block, x, *args, use_reentrant=False, **kwargs)
             else:

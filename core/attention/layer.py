@@ -230,7 +230,9 @@ class Attention(nn.Module):
             heads(self.key(context), self.num_kv_heads),
             heads(self.value(context), self.num_kv_heads),
         )
-        if self.query_norm is not None:  # in the precision of its gain, also under autocast
+        if (
+            self.query_norm is not None and self.key_norm is not None
+        ):  # in the precision of its gain, also under autocast
             q = self.query_norm(q.to(self.query_norm.weight.dtype)).to(v.dtype)
             k = self.key_norm(k.to(self.key_norm.weight.dtype)).to(v.dtype)
         return q, k, v

@@ -52,23 +52,23 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, size: int | tuple[int, int], dim: int):
         super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
+        self.size: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
         self.table = nn.Parameter(torch.empty(*self.size, dim))
         nn.init.normal_(self.table, std=0.02)
 
     def forward(self, size: int | tuple[int, int]) -> Tensor:
         """[size, dim], for 2-D [rows * columns, dim] in row-major order."""
-        size = (size,) if isinstance(size, int) else tuple(size)
-        if len(size) != len(self.size):
+        wanted: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
+        if len(wanted) != len(self.size):
             raise ValueError(f"positions were learned on a grid of {len(self.size)} dimensions, got size {size}")
-        if size == self.size:
+        if wanted == self.size:
             return self.table.flatten(0, -2)
         stacked = self.table.movedim(-1, 0).unsqueeze(0)
-        if len(size) == 1:
-            new = F.interpolate(stacked, size=size, mode="linear", align_corners=False)
+        if len(wanted) == 1:
+            new = F.interpolate(stacked, size=wanted, mode="linear", align_corners=False)
         else:
-            shrinks = any(a < b for a, b in zip(size, self.size))
-            new = F.interpolate(stacked, size=size, mode="bicubic", align_corners=False, antialias=shrinks)
+            shrinks = any(a < b for a, b in zip(wanted, self.size))
+            new = F.interpolate(stacked, size=wanted, mode="bicubic", align_corners=False, antialias=shrinks)
         return new.squeeze(0).movedim(0, -1).flatten(0, -2)
 
 

@@ -41,14 +41,8 @@ from core.attention.feature_maps import feature_map as phi_named
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
 from core.attention.variants import linear
-from core.attention.variants.window import (
-    band_pairs,
-    check_window,
-    empty_ring,
-    extend_ring,
-    keep_ring,
-    sliding_window_attention,
-)
+from core.attention.variants.window import attend as attend_window
+from core.attention.variants.window import band_pairs, check_window, empty_ring, extend_ring, keep_ring
 
 
 def reference(q, k, v, fq, fk, window, gate, causal, key_mask, scale, slopes=None, turned=None) -> Attended:
@@ -189,14 +183,13 @@ def near(q, k, v, window, causal, key_mask, slopes, scale, rotary) -> Attended:
     """The window's part."""
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
-    options = {"key_mask": key_mask, "slopes": slopes, "scale": scale, "return_mass": True}
-    return sliding_window_attention(q, k, v, window=window, causal=causal, **options)
+    options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale}
+    return attend_window(q, k, v, window, **options)
 
 
 def weighted(tail: Attended, gate: Tensor, slopes: Tensor | None, window: int) -> Attended:
     """A tail with its gate, its nearest key being `window` away."""
-    tail = linear.further(tail, slopes, window)
-    return Attended(tail.out, tail.log_mass + gate.to(tail.log_mass.dtype)[:, None])
+    return linear.shifted(linear.further(tail, slopes, window), gate)
 
 
 def resume(
@@ -225,7 +218,7 @@ def resume(
         keep=True,
         backend=backend,
     )
-    return merge(attended, weighted(tail, gate, slopes, window)), {**keep_ring(ring, window), **past}
+    return merge(attended, weighted(tail, gate, slopes, window)), {**keep_ring(ring, window), **(past or {})}
 
 
 def empty_state(heads: Heads, features: int, window: int, batch: int, positions, device, dtype) -> State:

@@ -108,7 +108,7 @@ def linear_attention(
     options = {"key_mask": key_mask, "slopes": slopes, "normalize": normalize, "backend": backend}
     attended, new = attend(q, k, v, phi, causal=causal, state=state, keep=return_state, **options)
     result = attended if return_mass else attended.out
-    return (result, new) if return_state else result
+    return (result, new) if return_state and new is not None else result
 
 
 def attend(
@@ -125,7 +125,7 @@ def attend(
     keep=False,
     normalize=True,
     backend="auto",
-) -> tuple[Attended, State]:
+) -> tuple[Attended, State | None]:
     """`linear_attention` without its checks, with rotary positions; always gives a pair."""
     options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "normalize": normalize, "backend": backend}
     if causal:
@@ -135,15 +135,21 @@ def attend(
     past, _ = sums(q, k, v, phi, "past", 0, **options)  # with the diagonal
     future, _ = sums(q, k, v, phi, "future", 1, **options)
     if normalize:
-        return merge(past, further(future, slopes)), {}
-    return Attended(past.out + future.out * torch.exp(-slopes.to(v.dtype))[:, None, None], None), {}
+        return merge(past, further(future, slopes)), None
+    return Attended(past.out + future.out * torch.exp(-slopes.to(v.dtype))[:, None, None], None), None
 
 
 def further(attended: Attended, slopes: Tensor | None, distance: int = 1) -> Attended:
     """The same keys seen from `distance` further away: decay takes a constant off the mass and leaves the mean."""
     if slopes is None:
         return attended
-    return Attended(attended.out, attended.log_mass - distance * slopes.to(attended.log_mass.dtype)[:, None])
+    return shifted(attended, -distance * slopes)
+
+
+def shifted(attended: Attended, by: Tensor) -> Attended:
+    """Add `by` [H] to the log mass, which is there."""
+    assert attended.log_mass is not None
+    return Attended(attended.out, attended.log_mass + by.to(attended.log_mass.dtype)[:, None])
 
 
 def sums(
@@ -161,7 +167,7 @@ def sums(
     keep=False,
     normalize=True,
     backend="auto",
-) -> tuple[Attended, State]:
+) -> tuple[Attended, State | None]:
     """Sums over all keys ("both"), keys j <= i + offset ("past") or j >= i + offset ("future").
 
     With slopes a weight decays by exp(-slope |i + offset - j|). Rotary positions act before phi for kernel maps; for
@@ -173,26 +179,27 @@ def sums(
     needs = ("state",) if state is not None or keep else ()
     run = resolve("linear", backend, q.device.type, q.dtype, needs).run
     before = (None, None) if state is None else (state["sum"], state["count"])
-    count = _count(q, k, key_mask, before[1]) if keep else None
     if rotary is None or phi.kernel:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
         attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
-        return attended, {"sum": total, "count": count}
+        return attended, {"sum": total, "count": _count(q, k, key_mask, before[1])} if keep else None
     fq, fk = phi.features(q), hide(phi.features(k), key_mask)
-    # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones.
+    # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
+    # sum would overflow float16, so it is kept in the accumulator's precision.
     plain = None if state is None else state["sum"][..., -1:]
-    turned, total = run(
-        rotary[0](fq), rotary[1](fk), v, FEATURE_MAPS["identity"], direction, offset, key_mask, slopes, False, *before
-    )
+    wide, same = v.to(accumulator(v.dtype)), FEATURE_MAPS["identity"]
+    turned, total = run(rotary[0](fq), rotary[1](fk), wide, same, direction, offset, key_mask, slopes, False, *before)
     mass, ones = run(q, k, v[..., :0], phi, direction, offset, key_mask, slopes, True, plain, before[1])
-    total = None if total is None else torch.cat((total[..., :-1], ones), -1)
     out = turned.out
     if normalize:
         low = math.log(phi.floor) if phi.floor else -math.inf
         inverse = torch.exp(-mass.log_mass.clamp(min=low)).masked_fill(mass.log_mass == -torch.inf, 0.0)
-        out = (out * inverse.unsqueeze(-1)).to(v.dtype)
-    return Attended(out, mass.log_mass), {"sum": total, "count": count}
+        out = out * inverse.unsqueeze(-1)
+    attended = Attended(out.to(v.dtype), mass.log_mass)
+    if not keep:
+        return attended, None
+    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": _count(q, k, key_mask, before[1])}
 
 
 @implementation("linear", "reference")
@@ -270,7 +277,7 @@ class FeatureProjection(nn.Module):
 
     def cost(self, batch: int, length: int, keys: int) -> Cost:
         """Cost of projecting `length` queries and `keys` keys."""
-        if self.query is None:
+        if self.query is None or self.key is None:
             return Cost()
         numbers = self.query.numel(), self.key.numel()
         return Cost(flops=2 * batch * (length * numbers[0] + keys * numbers[1]), parameters=sum(numbers))

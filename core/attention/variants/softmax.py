@@ -74,6 +74,26 @@ def softmax_attention(
     Raises:
         ValueError: shapes disagree, or the backend cannot serve the request.
     """
+    options = {"causal": causal, "key_mask": key_mask, "bias": bias, "slopes": slopes, "scale": scale}
+    attended = attend(q, k, v, dropout=dropout, return_mass=return_mass, backend=backend, **options)
+    return attended if return_mass else attended.out
+
+
+def attend(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    key_mask=None,
+    bias=None,
+    slopes=None,
+    scale=None,
+    dropout=0.0,
+    return_mass=False,
+    backend="auto",
+) -> Attended:
+    """`softmax_attention`, always as `Attended`; the mass is there if asked for."""
     check_inputs(q, k, v, key_mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if bias is not None:
@@ -89,8 +109,7 @@ def softmax_attention(
     needs = tuple(name for name, wanted in asked.items() if wanted)
     choice = resolve("softmax", backend, q.device.type, q.dtype, needs)
     k, v = hide(k, key_mask), hide(v, key_mask)
-    attended = choice.run(q, k, v, causal, key_mask, bias, slopes, scale, dropout)
-    return attended if return_mass else attended.out
+    return choice.run(q, k, v, causal, key_mask, bias, slopes, scale, dropout)
 
 
 @implementation(
@@ -161,7 +180,7 @@ class SoftmaxAttention(Variant):
     ) -> Attended:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        given = softmax_attention(
+        return attend(
             q,
             k,
             v,
@@ -172,7 +191,6 @@ class SoftmaxAttention(Variant):
             return_mass=return_mass,
             backend=backend,
         )
-        return given if isinstance(given, Attended) else Attended(given, None)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         def empty(width):
@@ -194,10 +212,8 @@ class SoftmaxAttention(Variant):
             "values": torch.cat((state["values"], hide(v, key_mask)), 2),
             "mask": torch.cat((state["mask"], key_mask), 1),
         }
-        out = softmax_attention(
-            q, new["keys"], new["values"], causal=True, key_mask=new["mask"], slopes=slopes, backend=backend
-        )
-        return Attended(out, None), new
+        options = {"key_mask": new["mask"], "slopes": slopes, "backend": backend}
+        return attend(q, new["keys"], new["values"], causal=True, **options), new
 
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
         keys = length if keys is None else keys

@@ -72,6 +72,13 @@ def sliding_window_attention(
     Raises:
         ValueError: window < 1, shapes disagree, or two-sided with L != M, where no key is "nearest".
     """
+    options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": backend}
+    attended = attend(q, k, v, window, **options)
+    return attended if return_mass else attended.out
+
+
+def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, backend="auto") -> Attended:
+    """`sliding_window_attention`, always with the mass, which comes for nothing."""
     check_inputs(q, k, v, key_mask)
     check_window(window)
     if not causal and q.shape[2] != k.shape[2]:
@@ -80,8 +87,7 @@ def sliding_window_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     choice = resolve("window", backend, q.device.type, q.dtype, ())
-    attended = choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale)
-    return attended if return_mass else attended.out
+    return choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale)
 
 
 def check_window(window: int) -> None:
@@ -130,17 +136,8 @@ class WindowAttention(Variant):
     ) -> Attended:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        return sliding_window_attention(
-            q,
-            k,
-            v,
-            window=self.window,
-            causal=causal,
-            key_mask=key_mask,
-            slopes=slopes,
-            return_mass=True,
-            backend=backend,
-        )
+        options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "backend": backend}
+        return attend(q, k, v, self.window, **options)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         return empty_ring(self.heads, batch, self.window - 1, device, dtype)
@@ -149,17 +146,8 @@ class WindowAttention(Variant):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
         all_keys = extend_ring(state, k, v, key_mask)
-        attended = sliding_window_attention(
-            q,
-            all_keys["keys"],
-            all_keys["values"],
-            window=self.window,
-            causal=True,
-            key_mask=all_keys["mask"],
-            slopes=slopes,
-            return_mass=True,
-            backend=backend,
-        )
+        options = {"key_mask": all_keys["mask"], "slopes": slopes, "backend": backend}
+        attended = attend(q, all_keys["keys"], all_keys["values"], self.window, causal=True, **options)
         return attended, keep_ring(all_keys, self.window - 1)
 
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
