@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -37,14 +37,20 @@ class Clock:
         if self.kind != "date":
             return None
         step = offset(self.frequency)
-        months = getattr(step, "months", 0) or {"MS": 1, "ME": 1, "QS": 3, "QE": 3, "YS": 12, "YE": 12}.get(
-            self.frequency.lstrip("0123456789").split("-")[0], 0
-        ) * step.n
+        months = (
+            getattr(step, "months", 0)
+            or {"MS": 1, "ME": 1, "QS": 3, "QE": 3, "YS": 12, "YE": 12}.get(
+                self.frequency.lstrip("0123456789").split("-")[0], 0
+            )
+            * step.n
+        )
         if months:
             return 12 // months if 12 % months == 0 and months < 12 else None
         if self.frequency == "B":
             return 5
-        seconds = pd.Timedelta(step).total_seconds() if isinstance(step, (pd.offsets.Tick, pd.offsets.Day)) else 7 * 86400
+        seconds = (
+            pd.Timedelta(step).total_seconds() if isinstance(step, (pd.offsets.Tick, pd.offsets.Day)) else 7 * 86400
+        )
         # A season of a second-by-second series is its hour: 86,400 steps would never fit a look-back.
         for cycle in (3600, 86400, 7 * 86400, 364 * 86400):
             steps = cycle / seconds
@@ -75,7 +81,7 @@ def offset(frequency: str) -> pd.DateOffset:
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
-    """" (did you mean 'OT'?)" when a choice is spelled like `word`, whatever the case; else the empty string."""
+    """ " (did you mean 'OT'?)" when a choice is spelled like `word`, whatever the case; else the empty string."""
     plain = {choice.lower(): choice for choice in reversed(choices)}
     close = get_close_matches(word.lower(), plain, n=1, cutoff=0.5)
     return f" (did you mean {plain[close[0]]!r}?)" if close else ""
@@ -95,17 +101,22 @@ def find_time(frame: pd.DataFrame, name: str | None) -> tuple[str | None, pd.Ind
     if name is not None:
         if name not in columns:
             raise UserError(f"there is no time column {name!r}{nearest(name, columns)}; columns: {listed(columns)}")
-        return name, read_stamps(frame[name], name)
+        return name, read_stamps(column_of(frame, name), name)
     for column in (c for wanted in (TIME_NAMES, MAYBE_TIME_NAMES) for c in columns if c.strip().lower() in wanted):
-        stamps = _stamps(frame[column], column)
+        stamps = _stamps(column_of(frame, column), column)
         if column.strip().lower() in TIME_NAMES:
-            return column, stamps if stamps is not None else read_stamps(frame[column], column)
+            return column, stamps if stamps is not None else read_stamps(column_of(frame, column), column)
         if stamps is not None and stamps.is_monotonic_increasing and stamps.is_unique:
             return column, stamps
     for column in columns:
-        if not pd.api.types.is_numeric_dtype(frame[column]) and _dates(frame[column].head(20)) is not None:
-            return column, read_stamps(frame[column], column)
+        if not pd.api.types.is_numeric_dtype(frame[column]) and _dates(column_of(frame, column).head(20)) is not None:
+            return column, read_stamps(column_of(frame, column), column)
     return None, pd.RangeIndex(len(frame))
+
+
+def column_of(frame: pd.DataFrame, name: str) -> pd.Series:
+    """One column, by a name that is there once."""
+    return cast(pd.Series, frame[name])
 
 
 def read_stamps(cells: pd.Series, name: str) -> pd.Index:
@@ -133,7 +144,7 @@ def _stamps(cells: pd.Series, name: str) -> pd.Index | None:
         return _dates(cells)
     numbers = cells.to_numpy()
     whole = bool(np.all(numbers == np.round(numbers)))
-    if whole and name.strip().lower() == "year" and 1000 < numbers.min() and numbers.max() < 3000:
+    if whole and name.strip().lower() == "year" and numbers.min() > 1000 and numbers.max() < 3000:
         return pd.to_datetime(pd.Series(numbers).astype(int).astype(str), format="%Y").pipe(pd.DatetimeIndex)
     if whole and numbers.min() > 19000000 and numbers.max() < 22000000:
         return _dates(pd.Series(numbers).astype(int).astype(str))
@@ -218,8 +229,9 @@ def positions(stamps: pd.Index, clock: Clock) -> tuple[np.ndarray, pd.Index]:
     off = np.flatnonzero(at < 0)
     if len(off):
         raise UserError(
-            f"time column {clock.column!r}: steps are mostly {clock.frequency}, but {len(off)} of {len(stamps)} rows lie "
-            f"between them (first: {written(stamps[off[0]])}); give data.frequency, or data.timestamps=as_is to count rows only"
+            f"time column {clock.column!r}: steps are mostly {clock.frequency}, but {len(off)} of {len(stamps)} rows "
+            f"lie between them (first: {written(stamps[off[0]])}); give data.frequency, or data.timestamps=as_is "
+            f"to count rows only"
         )
     return at, grid
 

@@ -92,7 +92,8 @@ def cut(table: Table, recipe: TimeSeriesRecipe, source: str, made: Generated | N
     }
     if recipe.model.shortcut == "ridge":
         spec["ridge"] = pack(fit_ridge(parts["train"]))
-    return Data(**parts, spec=spec, summary=_summary(table, options, source, borders, parts, spec))
+    summary = _summary(table, options, source, borders, parts, spec)
+    return Data(parts["train"], parts["val"], parts["test"], spec=spec, summary=summary)
 
 
 def find_file(options: DataSection) -> Path:
@@ -142,7 +143,8 @@ def check_lengths(borders: Borders, lookback: int, horizon: int) -> None:
         fits = max(0, rows["train"] - horizon)
         raise UserError(
             f"the series is too short: look-back {lookback} + horizon {horizon} = {lookback + horizon} rows do not fit "
-            f"into the training part (rows: {have}); " + (f"data.lookback={fits} would" if fits else "use a smaller data.horizon")
+            f"into the training part (rows: {have}); "
+            + (f"data.lookback={fits} would" if fits else "use a smaller data.horizon")
         )
     for part in ("val", "test"):
         if rows[part] < horizon:
@@ -175,7 +177,10 @@ def _summary(
         **table.report,
         "missing_policy": options.missing,
         "split": options.split,
-        "parts": {p: f"{written(table.stamps[a])} to {written(table.stamps[b - 1])} ({b - a} rows)" for p, (a, b) in ends.items()},
+        "parts": {
+            p: f"{written(table.stamps[a])} to {written(table.stamps[b - 1])} ({b - a} rows)"
+            for p, (a, b) in ends.items()
+        },
         "rows_unused": total - borders.test,
         "windows": counts,
         "lookback": spec["lookback"],

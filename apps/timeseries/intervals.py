@@ -1,9 +1,9 @@
 """Intervals for point forecasts: the errors that were made on the validation part, per series and horizon step.
 
-Split conformal prediction with signed residuals: the quantile q of the next value is the forecast plus the k-th smallest
-of n validation residuals, k = ceil((n + 1) q) above one half and floor((n + 1) q) below. Were validation and future
-exchangeable, an interval would cover at least its level. Time series are not: windows overlap and levels drift, so
-`test` reports the coverage that was reached.
+Split conformal prediction with signed residuals: the quantile q of the next value is the forecast plus the k-th
+smallest of n validation residuals, k = ceil((n + 1) q) above one half and floor((n + 1) q) below. Were validation and
+future exchangeable, an interval would cover at least its level. Time series are not: windows overlap and levels drift,
+so `test` reports the coverage that was reached.
 
 Source: Vovk, Gammerman, Shafer 2005; for several steps ahead Stankevičiūtė et al. 2021.
 """

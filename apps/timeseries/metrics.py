@@ -116,5 +116,5 @@ class ForecastErrors:
 
 
 def coverage_name(levels: Tensor, low: int, high: int) -> str:
-    """"coverage_80" for the levels 0.1 and 0.9."""
+    """ "coverage_80" for the levels 0.1 and 0.9."""
     return f"coverage_{100 * float(levels[high] - levels[low]):.6g}"

@@ -84,7 +84,7 @@ class Forecaster(nn.Module):
         self.outputs = len(quantiles) if quantiles else 1
         self.is_quantile = quantiles is not None
         if channels == "tokens":
-            self.embed: nn.Module = nn.Linear(lookback, dim)
+            self.embed: nn.Linear | Patches = nn.Linear(lookback, dim)
             self.tokens, features, targets = series, dim, horizon
         else:
             length, step = default_patch(lookback, patch, stride)
@@ -132,7 +132,8 @@ class Forecaster(nn.Module):
         rows = self.series if self.channels == "independent" else 1
         inside = self.encoder.cost(rows, self.tokens)
         linear = [(self.head, rows * (self.tokens if self.channels == "tokens" else 1))]
-        linear.append((self.embed if isinstance(self.embed, nn.Linear) else self.embed.embed, rows * self.tokens))
+        embed = self.embed.embed if isinstance(self.embed, Patches) else self.embed
+        linear.append((embed, rows * self.tokens))
         if self.shortcut is not None:
             linear.append((self.shortcut, self.series))
         around = sum(2 * count * layer.weight.numel() for layer, count in linear)

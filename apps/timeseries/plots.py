@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -113,19 +114,21 @@ def draw_forecast(
             rows = forecast[forecast["unique_id"] == series]
             stamps = pd.Index(rows["ds"])
             panel.plot(history.index, history[series], color=PAST, lw=1, label="history")
-            _fan(panel, stamps, rows["mean"].to_numpy(), rows[list(names)].to_numpy(), levels)
+            _fan(panel, stamps, np.asarray(rows["mean"]), np.asarray(rows[list(names)]), levels)
             # The line from the last observation to the first forecast is part of neither.
             if len(history):
                 joint = [history.index[-1], stamps[0]]
-                panel.plot(joint, [history[series].iloc[-1], rows["mean"].iloc[0]], color=FORECAST, lw=0.8, ls=":")
+                panel.plot(
+                    joint, [history[series].iloc[-1], np.asarray(rows["mean"])[0]], color=FORECAST, lw=0.8, ls=":"
+                )
             panel.set_ylabel(_short(series))
         more = f" ({len(shown)} of {len(columns)} series)" if len(columns) > len(shown) else ""
         panels[0].set_title(f"Forecast beyond the end of the file{more}")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         if isinstance(history.index, pd.DatetimeIndex):
-            locator = mpl.dates.AutoDateLocator(maxticks=8)
+            locator = AutoDateLocator(minticks=4, maxticks=9)
             panels[-1].xaxis.set_major_locator(locator)
-            panels[-1].xaxis.set_major_formatter(mpl.dates.ConciseDateFormatter(locator))
+            panels[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))
         return _saved(figure, path)
 
 
@@ -136,7 +139,9 @@ def _fan(axes: Axes, x: Any, mean: np.ndarray, quantiles: np.ndarray, levels: Se
         low, high = levels[i], levels[count - 1 - i]
         label = f"{100 * (high - low):.3g} % interval"
         shade = 0.15 + 0.25 * i / max(1, count // 2)
-        axes.fill_between(x, quantiles[:, i], quantiles[:, count - 1 - i], color=FORECAST, alpha=shade, lw=0, label=label)
+        axes.fill_between(
+            x, quantiles[:, i], quantiles[:, count - 1 - i], color=FORECAST, alpha=shade, lw=0, label=label
+        )
     axes.plot(x, mean, color=FORECAST, lw=1.4, label="forecast", **_dot(len(mean)))
 
 

@@ -59,13 +59,17 @@ def _check_fits(table: Table, spec: dict, path: Path) -> None:
         with_dates, without = ("the run", path) if trained.kind == "date" else (path, "the run")
         raise UserError(f"{with_dates} has dates, {without} has none; use data of the same kind")
     if table.clock.kind == "date" and table.clock.frequency != trained.frequency:
-        raise UserError(f"{path}: its rows are {table.clock.frequency} apart, the run was trained on {trained.frequency}")
+        raise UserError(
+            f"{path}: its rows are {table.clock.frequency} apart, the run was trained on {trained.frequency}"
+        )
     if len(table.values) < spec["lookback"]:
         raise UserError(f"{path}: {len(table.values)} rows, the run needs a look-back of {spec['lookback']}")
     recent = table.values[-spec["lookback"] :]
     unseen = np.isnan(recent).all(axis=0)
     if unseen.any():
-        raise UserError(f"{path}: column {table.columns[int(unseen.argmax())]!r} has no value in its last {len(recent)} rows")
+        raise UserError(
+            f"{path}: column {table.columns[int(unseen.argmax())]!r} has no value in its last {len(recent)} rows"
+        )
 
 
 def _long(

@@ -42,10 +42,10 @@ class DataSection(Section):
     frequency: str | None = None
     """Step between rows as pandas spells it (h, 15min, D, MS); null: found from the dates."""
     timestamps: Literal["strict", "repair", "as_is"] = "strict"
-    """strict: disorder and duplicates are errors; repair: sort, keep the last of equal dates; as_is: rows as they come."""
+    """strict: disorder and duplicates are errors; repair: sort, keep the last of equal dates; as_is: rows as given."""
     missing: Literal["error", "fill", "mask"] = "error"
     """Empty cells and absent rows. fill: the last value seen; mask: the same, but never trained on or scored."""
-    sentinels: list[float] = []
+    sentinels: list[float] = Field(default_factory=list)
     """Numbers that stand for "missing" in the file, such as -9999."""
     season: int | None = Field(None, ge=1)
     """Steps after which the series repeats, for the seasonal floor; null: a day, week or year by the frequency."""
@@ -107,7 +107,7 @@ class ModelSection(Section):
     """One value per step, or one per quantile."""
     loss: Literal["mse", "mae"] | None = None
     """Of point forecasts, null: mse. Quantiles are always trained on the pinball loss."""
-    quantiles: list[Share] = [0.1, 0.5, 0.9]
+    quantiles: list[Share] = Field(default_factory=lambda: [0.1, 0.5, 0.9])
     """Levels of the quantile output; for point forecasts, of the intervals that `predict` takes from validation."""
 
     @model_validator(mode="after")

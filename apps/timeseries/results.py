@@ -66,7 +66,7 @@ def restore(kept: Sequence[Kept], spec: dict[str, Any]) -> list[Kept]:
 
 
 def quantile_names(levels: Sequence[float]) -> list[str]:
-    """"q10" for 0.1, "q2.5" for 0.025."""
+    """ "q10" for 0.1, "q2.5" for 0.025."""
     return [f"q{100 * level:.6g}" for level in levels]
 
 

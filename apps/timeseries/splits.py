@@ -36,12 +36,17 @@ def find_borders(options: DataSection, stamps: pd.Index) -> Borders:
         per_hour = 4 if options.split == "ett_minute" else 1
         borders = Borders(*(months * MONTH_HOURS * per_hour for months in ETT_MONTHS))
         if rows < borders.test:
-            raise UserError(f"data.split={options.split} needs {borders.test} rows, the file has {rows}; use split=ratio")
+            raise UserError(
+                f"data.split={options.split} needs {borders.test} rows, the file has {rows}; use split=ratio"
+            )
         return borders
     if options.split == "ratio":
         train = int(rows * options.train_share)
         return Borders(train, rows - int(rows * options.test_share), rows)
-    val, test = (_row_of(str(text), name, stamps) for text, name in ((options.val_from, "val_from"), (options.test_from, "test_from")))
+    val, test = (
+        _row_of(str(text), name, stamps)
+        for text, name in ((options.val_from, "val_from"), (options.test_from, "test_from"))
+    )
     if not 0 < val < test < rows:
         raise UserError(
             f"data.val_from={options.val_from} and data.test_from={options.test_from} must be in this order and inside "

@@ -5,6 +5,7 @@ and what was repaired is counted in the report.
 """
 
 import csv
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from apps.timeseries.clock import Clock, find_time, infer_frequency, listed, nearest, positions, written
+from apps.timeseries.clock import Clock, column_of, find_time, infer_frequency, listed, nearest, positions, written
 from apps.timeseries.recipe import DataSection
 from core.training.errors import UserError
 
@@ -83,9 +84,11 @@ def build_table(frame: pd.DataFrame, options: DataSection, *, first_line: int = 
     columns = [str(column) for column in numbers.columns]
     report = {
         "rows": rows_read,
-        "time": f"column {time!r}, {written(stamps[0])} to {written(stamps[-1])}" if time is not None else "none, rows are numbered",
+        "time": f"column {time!r}, {written(stamps[0])} to {written(stamps[-1])}"
+        if time is not None
+        else "none, rows are numbered",
         "frequency": frequency if time is not None else "one row",
-        "gaps": _gaps(len(values) - rows_read, np.isnan(values).all(axis=1), stamps),
+        "gaps": _gaps(len(values) - rows_read, np.asarray(np.isnan(values).all(axis=1)), stamps),
         "missing": {c: int(n) for c, n in zip(columns, np.isnan(values).sum(axis=0)) if n},
         "constant": [c for c, column in zip(columns, values.T) if np.nanmax(column) == np.nanmin(column)]
         if not np.isnan(values).all(axis=0).any()
@@ -126,7 +129,7 @@ def _read_frame(path: Path) -> pd.DataFrame:
     has_header = not _all_numbers(names)
     if has_header and repeated:
         raise UserError(f"{path}: column {repeated[0]!r} is there twice")
-    decimal = "," if delimiter == ";" and any("," in line and "." not in line for line in head[1:]) else "."
+    decimal = "," if delimiter == ";" and any(re.search(r"(^|;)\s*-?\d+,\d+\s*(;|$)", line) for line in head) else "."
     try:
         frame = pd.read_csv(
             path,
@@ -149,7 +152,7 @@ def _read_frame(path: Path) -> pd.DataFrame:
 
 
 def _all_numbers(names: list[str]) -> bool:
-    """Whether the first line is data: numbers only, and not the plain count 0 1 2 ... that some writers use as names."""
+    """Whether the first line is data: numbers only, and not the count 0 1 2 ... that some writers use as names."""
     try:
         numbers = [float(name) for name in names]
     except ValueError:
@@ -168,13 +171,13 @@ def _numbers(
             raise UserError(f"target column {target!r} {what}; columns: {listed(columns)}")
     kept, text = {}, []
     for column in targets or columns:
-        cells = frame[column]
+        cells = column_of(frame, column)
         if pd.api.types.is_numeric_dtype(cells):
             kept[column] = cells.astype(np.float64)
             continue
-        numbers = pd.to_numeric(cells, errors="coerce").astype(np.float64)
-        bad = (numbers.isna() & cells.notna()).to_numpy()
-        # Mostly numbers: a column of measurements with a slip in it. Otherwise a column of words, which nobody asked for.
+        numbers = pd.Series(pd.to_numeric(cells, errors="coerce"), dtype=np.float64)
+        bad = np.asarray(numbers.isna() & cells.notna())
+        # Mostly numbers: measurements with a slip among them. Otherwise a column of words, which nobody asked for.
         if targets is None and bad.sum() * 2 > cells.notna().sum():
             text.append(column)
             continue
@@ -248,11 +251,13 @@ def _suspects(values: np.ndarray, columns: list[str]) -> list[str]:
     """Numbers that look like "missing": a known marker that is a column's extreme and far from the rest."""
     found = []
     for name, column in zip(columns, values.T):
-        known = column[~np.isnan(column)]
-        low, high = np.quantile(known, [0.01, 0.99]) if len(known) else (0.0, 0.0)
         for mark in SUSPECTS:
-            count = int((known == mark).sum())
-            if count and not low - 3 * (high - low) <= mark <= high + 3 * (high - low):
+            count = int((column == mark).sum())
+            rest = column[(column != mark) & ~np.isnan(column)]
+            if not count or not len(rest):
+                continue
+            low, high = rest.min(), rest.max()
+            if not low - 3 * (high - low) <= mark <= high + 3 * (high - low):
                 found.append(
                     f"column {name!r} holds {mark:g} {count} times, far from the rest: if that means missing, "
                     f"say data.sentinels=[{mark:g}]"
@@ -266,7 +271,8 @@ def _refuse_missing(values: np.ndarray, columns: list[str], stamps: pd.Index, ab
         return
     row, column = (int(i) for i in np.argwhere(holes)[0])
     gaps = f", {absent} whole rows are absent" if absent else ""
+    count, first = int(holes[:, column].sum()), written(stamps[row])
     raise UserError(
-        f"column {columns[column]!r} has {int(holes[:, column].sum())} missing values (first at {written(stamps[row])}{gaps}), and "
-        f"data.missing=error; data.missing=mask neither trains on nor scores them, data.missing=fill repeats the last value"
+        f"column {columns[column]!r} has {count} missing values (first at {first}{gaps}), and data.missing=error; "
+        f"data.missing=mask neither trains on nor scores them, data.missing=fill repeats the last value"
     )

@@ -27,6 +27,7 @@ class ForecastTask(Task):
 
     model: Forecaster
     recipe: TimeSeriesRecipe
+    levels: Tensor
 
     def __init__(self, recipe: TimeSeriesRecipe, spec: dict[str, Any]):
         super().__init__(recipe, spec)
@@ -74,9 +75,11 @@ class ForecastTask(Task):
         self.errors.update(point, future, observed, quantiles)
         if self.part == "test" and quantiles is not None:
             for row in torch.nonzero((batch["origin"] - self.spec["test_from"]) % self.every == 0).flatten().tolist():
-                tensors = (batch["past"][row], future[row], point[row], quantiles[row])
+                past, ahead, drawn, spread = (
+                    t[row].double().cpu().numpy() for t in (batch["past"], future, point, quantiles)
+                )
                 seen = None if observed is None else observed[row].cpu().numpy()
-                self.kept.append(Kept(int(batch["origin"][row]), *(t.double().cpu().numpy() for t in tensors), seen))
+                self.kept.append(Kept(int(batch["origin"][row]), past, ahead, drawn, spread, seen))
 
     def eval_compute(self) -> dict[str, float]:
         """Metrics of the pass that ends here."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,7 +17,7 @@ class Scaler:
         mean, std: [C], in the units of the file.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, mean: ArrayLike, std: ArrayLike):
         self.mean, self.std = np.asarray(mean, dtype=np.float64), np.asarray(std, dtype=np.float64)
 
     @classmethod
@@ -75,7 +76,7 @@ class Windows(Dataset):
         return len(self.origins)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """A batch: past [B, C, lookback], future [B, C, horizon], origin [B], part, and observed [B, C, horizon] if masked."""
+        """A batch: past [B, C, lookback], future and (if masked) observed [B, C, horizon], origin [B], part."""
         origins = self.origins[torch.as_tensor(indices, dtype=torch.int64)]
         length = self.lookback + self.horizon
         both = self.values.unfold(-1, length, 1)[:, origins - self.lookback].transpose(0, 1)
