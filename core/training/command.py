@@ -65,9 +65,13 @@ def _run(words: list[str]) -> int:
     if not words:
         parser.print_help()
         return 0
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is not None and first not in VERBS:
+        raise UserError(f"unknown command {first!r}{nearest(first, VERBS)}; known: {', '.join(VERBS)}")
     args, rest = parser.parse_known_args(words)
     if not args.verb:
-        raise UserError(f"no command given; known: {', '.join(VERBS)}")
+        said = f"unknown argument {rest[0]!r}" if rest else "no command given"
+        raise UserError(f"{said}; known commands: {', '.join(VERBS)}")
     # argparse gives up on `fit RECIPE --resume key=value`: positionals after an option come back as a rest.
     stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if stray:
@@ -114,7 +118,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         verbs[verb].add_argument("run", metavar="RUN", type=Path, help=what)
 
     verbs["list"].add_argument(
-        "what", nargs="?", choices=_LISTS, default="recipes", help="recipes unless said otherwise"
+        "what", nargs="?", default="recipes", metavar="WHAT", help=f"{', '.join(_LISTS)}; recipes unless said otherwise"
     )
     recipe("show")
     overrides("show")
@@ -164,6 +168,8 @@ def _version() -> str:
 
 
 def _list(args: argparse.Namespace) -> None:
+    if args.what not in _LISTS:
+        raise UserError(f"cannot list {args.what!r}{nearest(args.what, _LISTS)}; known: {', '.join(_LISTS)}")
     rows = _LISTS[args.what]()
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
