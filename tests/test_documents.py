@@ -44,7 +44,7 @@ COMMANDS = sorted({(command, page) for page, text in PAGES.items() for command i
 def test_the_walk_finds_pages_and_commands():
     assert {"README.md", "docs/attention.md", "apps/README.md"} <= set(PAGES)
     assert len(COMMANDS) > 15
-    assert longspan_commands("```bash\nx && .venv/bin/longspan list \\\n  apps   # all\n```") == ["list   apps"]
+    assert longspan_commands("```bash\nx && .venv/bin/longspan list \\\n  apps   # all\n```") == ["list    apps"]
 
 
 @pytest.fixture
