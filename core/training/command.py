@@ -115,7 +115,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         )
 
     def run(verb: str, what: str) -> None:
-        verbs[verb].add_argument("run", metavar="RUN", type=Path, help=what)
+        # Not a Path: that would turn https:// into https:/, and the address could no longer be refused as one.
+        verbs[verb].add_argument("run", metavar="RUN", help=what)
 
     verbs["list"].add_argument(
         "what", nargs="?", default="recipes", metavar="WHAT", help=f"{', '.join(_LISTS)}; recipes unless said otherwise"
@@ -261,12 +262,12 @@ def _test(args: argparse.Namespace) -> None:
     from core.training.result_table import print_result
     from core.training.run import load_run
 
-    print_result(evaluate(args.run, floors=args.floors), args.run, load_run(args.run).app.name)
+    print_result(evaluate(args.run, floors=args.floors), Path(args.run), load_run(args.run).app.name)
 
 
 def _predict(args: argparse.Namespace) -> None:
     _must_be_there(args.run, "run folder or checkpoint")
-    _must_be_there(Path(args.input), "input file")
+    _must_be_there(args.input, "input file")
 
     from core.training.predict import predict
 
@@ -321,10 +322,11 @@ def _seeds(text: str) -> int | list[int]:
     return seeds if len(seeds) > 1 else seeds[0]
 
 
-def _must_be_there(path: Path, what: str) -> None:
-    if "://" not in str(path) and not path.exists():
+def _must_be_there(name: str, what: str) -> None:
+    path = Path(name)
+    if "://" not in name and not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"there is no {what} {str(path)!r}{nearest(path.name, beside)}")
+        raise UserError(f"there is no {what} {name!r}{nearest(path.name, beside)}")
 
 
 _ACTIONS = {
