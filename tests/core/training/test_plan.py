@@ -71,9 +71,6 @@ def test_anything_but_the_attention_that_differs_is_refused(monkeypatch):
         request()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserError, reason="recipe._put keeps backbone.layout when a name replaces letters"
-)
 def test_the_recipes_own_attention_may_take_part(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(
