@@ -9,24 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from core.attention.registry import available, entry, nearest
 from core.training.app import apps
+from core.training.arguments import LISTS, VERBS, build_parser
 from core.training.errors import Interrupted, RunFailed, UserError
-
-VERBS = {
-    "list": "what there is: recipes, variants, apps or data",
-    "show": "a recipe with everything filled in",
-    "cp": "copy a recipe to a file of your own",
-    "fit": "train, test, and leave everything in a run folder",
-    "test": "test a run again",
-    "predict": "predictions of a run for a file",
-    "compare": "train several variants over several seeds and report the differences",
-    "report": "write the report of a comparison again",
-    "doctor": "check this installation",
-    "schema": "JSON Schema of an app's recipes, for editors",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +48,7 @@ def _say(error: BaseException, code: int, debug: bool, text: str = "") -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser, verbs = _parser()
+    parser, verbs = build_parser()
     if not words:
         parser.print_help()
         return 0
@@ -84,94 +71,13 @@ def _run(words: list[str]) -> int:
     return int(_ACTIONS[args.verb](args) or 0)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # argparse counts key=value among what is missing, though none is needed.
-        raise UserError(f"{message.replace(', key=value', '')}; see {self.prog} --help")
-
-
-def _parser() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser(prog="longspan", description="Long sequences: one attention core, apps, measured answers.")
-    parser.add_argument("--version", action="version", version=f"longspan {_version()}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(dest="verb", metavar="COMMAND", parser_class=_Parser)
-    verbs = {
-        name: subparsers.add_parser(name, help=text, description=text.capitalize() + ".")
-        for name, text in VERBS.items()
-    }
-    for verb in verbs.values():
-        verb.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
-
-    def recipe(verb: str) -> None:
-        verbs[verb].add_argument(
-            "recipe", metavar="RECIPE", help="APP/NAME as `longspan list recipes` shows it, or a YAML file"
-        )
-
-    def overrides(verb: str) -> None:
-        verbs[verb].add_argument(
-            "overrides", metavar="key=value", nargs="*", help="such as attention=linear optim.lr=1e-3"
-        )
-
-    def run(verb: str, what: str) -> None:
-        # Not a Path: that would turn https:// into https:/, and the address could no longer be refused as one.
-        verbs[verb].add_argument("run", metavar="RUN", help=what)
-
-    verbs["list"].add_argument(
-        "what", nargs="?", default="recipes", metavar="WHAT", help=f"{', '.join(_LISTS)}; recipes unless said otherwise"
-    )
-    recipe("show")
-    overrides("show")
-    recipe("cp")
-    verbs["cp"].add_argument("target", metavar="FILE", type=Path, help="the copy; must not exist")
-    recipe("fit")
-    overrides("fit")
-    verbs["fit"].add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<app>-<recipe>-<time>")
-    verbs["fit"].add_argument("--resume", action="store_true", help="continue the run in --run-dir, if there is one")
-    verbs["fit"].add_argument(
-        "--no-floors", dest="floors", action="store_false", help="do not compute the app's floors"
-    )
-    run("test", "a run folder")
-    verbs["test"].add_argument(
-        "--no-floors", dest="floors", action="store_false", help="keep the floors that are there"
-    )
-    run("predict", "a run folder or a .ckpt file")
-    verbs["predict"].add_argument("--input", required=True, metavar="FILE", help="what to predict for")
-    verbs["predict"].add_argument("--output", required=True, metavar="FILE", help="where to write")
-    recipe("compare")
-    overrides("compare")
-    verbs["compare"].add_argument(
-        "--variants", required=True, metavar="A,B,C", help="each may carry options: hybrid:window=16:feature_map=relu"
-    )
-    verbs["compare"].add_argument(
-        "--seeds", default="3", metavar="N", help="a number of seeds (default 3), or a list 0,4,7"
-    )
-    verbs["compare"].add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
-    verbs["compare"].add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="default: runs/compare-<app>-<recipe>-<time>"
-    )
-    verbs["compare"].add_argument(
-        "--baseline", metavar="A", help="the variant that others are compared with; default: the first"
-    )
-    run("report", "the folder of a comparison")
-    verbs["schema"].add_argument("app", metavar="APP", help="as `longspan list apps` shows it")
-    return parser, verbs
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("longspan")
-
-
 # -- light commands: no torch ------------------------------------------------------------------------------------------
 
 
 def _list(args: argparse.Namespace) -> None:
-    if args.what not in _LISTS:
-        raise UserError(f"cannot list {args.what!r}{nearest(args.what, _LISTS)}; known: {', '.join(_LISTS)}")
-    rows = _LISTS[args.what]()
+    if args.what not in LISTS:
+        raise UserError(f"cannot list {args.what!r}{nearest(args.what, LISTS)}; known: {', '.join(LISTS)}")
+    rows = _ROWS[args.what]()
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
         print(f"{name:<{width}}  {text}".rstrip())
@@ -206,7 +112,7 @@ def _data_rows() -> list[tuple[str, str]]:
     return rows
 
 
-_LISTS = {"recipes": _recipe_rows, "variants": _variant_rows, "apps": _app_rows, "data": _data_rows}
+_ROWS = {"recipes": _recipe_rows, "variants": _variant_rows, "apps": _app_rows, "data": _data_rows}
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -285,8 +191,9 @@ def _compare(args: argparse.Namespace) -> None:
     seeds = _seeds(args.seeds)
 
     from core.training.compare import compare
+    from core.training.tables import print_comparison
 
-    compare(
+    result = compare(
         args.recipe,
         variants=variants,
         seeds=seeds,
@@ -294,7 +201,11 @@ def _compare(args: argparse.Namespace) -> None:
         run_dir=args.run_dir,
         overrides=args.overrides,
         baseline=args.baseline,
+        grid=args.grid,
     )
+    print_comparison(result.summary, result.run_dir)
+    if result.failures:
+        raise RunFailed(f"{len(result.failures)} of {len(result.summary.runs)} runs failed; the report shows them")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from core.attention.registry import available
-from core.training.command import VERBS, main
+from core.training.arguments import VERBS
+from core.training.command import main
 from core.training.recipe import load_recipe
 
 
