@@ -63,13 +63,14 @@ def _recommendation(plan: Plan, table: Table, best: Row, others: Sequence[Row], 
             f"{row.variant} ({_times(row, best)} its time)" if _timed(row, best) else row.variant for row in rivals
         ]
         return f"{lead}; {_listing(priced)} are not separable from it."
-    cheapest = min([best, *rivals], key=lambda row: row.cost["step_ms"] or math.inf)
     lead = f"The variants are not separable here: {best.variant} has the best mean ({score})"
-    if not _timed(cheapest, best):
-        return f"{lead}."
-    if cheapest is best:
-        return f"{lead} and takes the least time, so use {best.variant}."
-    return f"{lead}, {cheapest.variant} takes the least time ({_times(cheapest, best)} that of {best.variant})."
+    cheaper = [row for row in rivals if _timed(row, best) and _step_ms(row) < 0.95 * _step_ms(best)]
+    if cheaper:
+        cheapest = min(cheaper, key=_step_ms)
+        return f"{lead}, {cheapest.variant} takes the least time ({_times(cheapest, best)} that of {best.variant})."
+    if all(_timed(row, best) for row in rivals):
+        return f"{lead}, and none takes clearly less time, so use {best.variant}."
+    return f"{lead}."
 
 
 def _beaten_by(plan: Plan, best: Row, others: Sequence[Row]) -> set[str]:
@@ -105,14 +106,15 @@ def warnings(plan: Plan, table: Table) -> list[str]:
             found.append(f"No variant beats {floor} by more than seed noise.")
     if finished and not table.best_floor:
         found.append("There is no floor to compare with: the runs report none for this metric and part.")
-    for row in table.rows:
-        total = len(plan.seeds)
-        if row.failed:
-            found.append(
-                f"{row.variant}: {len(row.failed)} of {total} runs failed or went NaN; its mean leaves them out."
-            )
-        if row.missing:
-            found.append(f"{row.variant}: {len(row.missing)} of {total} runs have not run yet.")
+    total = len(plan.seeds)
+    missing = sum(len(row.missing) for row in table.rows)
+    if missing and finished:
+        found.append(f"{missing} of {total * len(table.rows)} runs have not run yet, so the answer may change.")
+    found += [
+        f"{row.variant}: {len(row.failed)} of {total} runs failed or went NaN; its mean leaves them out."
+        for row in table.rows
+        if row.failed
+    ]
     if len(plan.seeds) < 3:
         found.append("Fewer than three seeds show little: use three or more before you believe a difference.")
     if not table.floors_agree:
@@ -131,6 +133,10 @@ def _score(plan: Plan, table: Table, row: Row) -> str:
     if row.metric.sd is None:
         return f"{plan.metric} {mean}"
     return f"{plan.metric} {mean} ± {units.fixed(row.metric.sd, table.decimals)} over {_seeds(row.metric.n)}"
+
+
+def _step_ms(row: Row) -> float:
+    return row.cost["step_ms"] or math.inf
 
 
 def _timed(row: Row, reference: Row) -> bool:

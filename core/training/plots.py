@@ -163,10 +163,10 @@ def costs(plan: Plan, table: Table) -> Figure | None:
         else:
             axes.margins(x=0.15)
             axes.xaxis.set_major_locator(MaxNLocator(4))
-        if table.best_floor:
-            axes.axhline(table.best_floor[1], color="#7b8794", lw=1, ls=(0, (4, 3)), zorder=1)
-    if table.best_floor:
+    if table.best_floor and _within_reach(table.best_floor[1], *all_axes[0].get_ylim()):
         floor, value = table.best_floor
+        for axes in all_axes:
+            axes.axhline(value, color="#7b8794", lw=1, ls=(0, (4, 3)), zorder=1)
         above = value <= float(np.mean(all_axes[0].get_ylim()))
         all_axes[0].annotate(floor, (0, value), (4, 3 if above else -3), xycoords=("axes fraction", "data"),
                              textcoords="offset points", va="bottom" if above else "top",
@@ -177,18 +177,22 @@ def costs(plan: Plan, table: Table) -> Figure | None:
 
 
 def _draw_floors(plan: Plan, table: Table, axes: Axes) -> None:
-    """Vertical lines for the floors that fall within reach of the seeds; a far one would squeeze the variants."""
+    """Vertical lines for the floors that fall within reach of the seeds."""
     low, high = axes.get_xlim()
-    reach = high - low
     for name, metrics in table.floors.items():
         value = metrics.get(plan.metric)
-        if value is None or not low - 1.5 * reach <= value <= high + 1.5 * reach:
+        if value is None or not _within_reach(value, low, high):
             continue
         axes.axvline(value, color="#7b8794", lw=1, ls=(0, (4, 3)), zorder=1)
         left_of = value > (low + high) / 2  # so that the name stays inside the panel
         axes.annotate(name, (value, 0), (-3 if left_of else 3, 3), xycoords=("data", "axes fraction"),
                       textcoords="offset points", ha="right" if left_of else "left",
                       color="#52606d", fontsize=8.5)  # fmt: skip
+
+
+def _within_reach(value: float, low: float, high: float) -> bool:
+    """Whether a line fits beside the data; a far one would squeeze the variants together."""
+    return low - 1.5 * (high - low) <= value <= high + 1.5 * (high - low)
 
 
 def _curves(runs: Sequence[Run], label: str, column: str, folder: Path) -> list[dict[float, float]]:

@@ -98,6 +98,11 @@ def step_ratio(summary: Summary, table: Table, row: Row) -> str:
     return units.ratio(row.cost["step_ms"], baseline.cost["step_ms"])
 
 
+def has_state(table: Table) -> bool:
+    """Whether any variant decodes step by step; without that the column says nothing."""
+    return any(row.cost["state_bytes"] for row in table.rows)
+
+
 def options(attention: dict[str, Any]) -> str:
     """A section as one line of YAML."""
     return yaml.safe_dump(attention, default_flow_style=True, sort_keys=False, width=10_000).strip()

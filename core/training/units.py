@@ -11,7 +11,7 @@ MISSING = "–"
 def decimals_for(values: Sequence[float], sds: Sequence[float]) -> int:
     """Decimals for a column of metrics, so that its digits say no more than the spread allows.
 
-    The typical spread gets two digits where it starts with 1 to 3, else one (the rule of the Particle Data Group);
+    The typical spread (geometric mean) gets two digits where it starts with 1 to 3, else one (the rule of the Particle Data Group);
     the values get three to five significant digits whatever the spread.
 
     Args:
@@ -19,10 +19,10 @@ def decimals_for(values: Sequence[float], sds: Sequence[float]) -> int:
         sds: their standard deviations, where known.
     """
     size = _exponent(min((abs(value) for value in values if value), default=1.0))
-    known = sorted(sd for sd in sds if sd > 0)
+    known = [math.log10(sd) for sd in sds if sd > 0]
     if not known:
         return max(0, 3 - size)
-    typical = known[len(known) // 2]
+    typical = 10 ** (sum(known) / len(known))
     wanted = -_exponent(typical) + (1 if typical / 10 ** _exponent(typical) < 3.55 else 0)
     return max(0, min(max(wanted, 2 - size), 4 - size))
 

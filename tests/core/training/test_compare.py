@@ -256,7 +256,7 @@ def test_a_signal_stops_the_runs_cleanly_and_keeps_what_is_finished(toy, toy_env
     assert statuses(toy / "cmp") == {"softmax/seed-0": "ok", "linear/seed-0": "ok"}
     for name in plan:
         assert (toy / "cmp" / name / "saved").read_text() == "checkpoint"
-    assert "2 of 3 runs have not run yet" in (toy / "cmp" / "report.md").read_text()
+    assert "4 of 6 runs have not run yet" in (toy / "cmp" / "report.md").read_text()
 
 
 def test_a_second_signal_does_not_wait_for_stubborn_runs(toy, toy_environment):

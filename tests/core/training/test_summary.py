@@ -87,6 +87,12 @@ def test_nothing_separable_names_the_cheapest():
     )
 
 
+def test_a_little_less_time_is_no_reason():
+    values = {"softmax": noisy(0.38), "linear": noisy(0.3803, sign=-1)}
+    table = table_of(plan_of(["softmax", "linear"]), values, step_ms={"softmax": 50.0, "linear": 49.0})
+    assert table.headline.endswith("and none takes clearly less time, so use softmax.")
+
+
 def test_higher_may_be_better():
     plan = replace(plan_of(["softmax", "linear"]), better="higher")
     table = table_of(
@@ -155,7 +161,7 @@ def test_missing_runs_are_counted_and_nothing_finished_is_said():
     plan = plan_of(["softmax", "linear"])
     table = table_of(plan, {"softmax": noisy(0.4), "linear": noisy(0.4)[:2]})
     assert table.rows[1].missing == [2, 3, 4]
-    assert "linear: 3 of 5 runs have not run yet." in table.warnings
+    assert "3 of 10 runs have not run yet, so the answer may change." in table.warnings
     (nothing,) = summarize(plan, {}).tables
     assert nothing.headline == "No run has finished, so there is no answer yet."
     all_bad = table_of(plan, {"softmax": [None] * 5, "linear": [None] * 5})

@@ -9,6 +9,7 @@ from core.training import units
         ([0.3813, 0.3926], [0.0016], 4),  # a spread that starts with 1 to 3 keeps two digits
         ([0.3813, 0.3926], [0.0072], 3),  # else one
         ([0.3813, 0.3926], [0.07], 3),  # but values never less than three
+        ([0.311, 0.314], [0.0003, 0.004], 4),  # between the two spreads: neither 0.000 nor 0.00400
         ([0.3813], [0.0000001], 5),  # nor more than five
         ([0.3813], [], 4),
         ([1234.5], [20.0], 0),
