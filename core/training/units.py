@@ -11,8 +11,8 @@ MISSING = "–"
 def decimals_for(values: Sequence[float], sds: Sequence[float]) -> int:
     """Decimals for a column of metrics, so that its digits say no more than the spread allows.
 
-    The typical spread (geometric mean) gets two digits where it starts with 1 to 3, else one (the rule of the Particle Data Group);
-    the values get three to five significant digits whatever the spread.
+    The typical spread (geometric mean) gets two digits where it starts with 1 to 3, else one (the rule of the Particle
+    Data Group); the values get three to five significant digits whatever the spread.
 
     Args:
         values: the column's means; zeros say nothing about the size and are passed over.
