@@ -72,21 +72,6 @@ def test_public_files_are_found_in_the_data_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_each_head_says_what_can_be_checked(name):
-    from core.training.app import get_app
-
-    head = [
-        line
-        for line in (get_app("timeseries").folder / "recipes" / f"{name}.yaml").read_text().splitlines()
-        if line.startswith("#")
-    ]
-    text = "\n".join(head)
-    for word in ("command:", "hardware:", "time:", "peak memory:", "expected:"):
-        assert word in text, f"{name}.yaml does not state its {word.rstrip(':')}"
-    assert f"longspan fit timeseries/{name}" in text
-
-
-@pytest.mark.parametrize("name", SHIPPED)
 def test_each_recipe_is_plain_and_strict(name):
     recipe = load_recipe(f"timeseries/{name}")
     assert recipe.app == "timeseries"
