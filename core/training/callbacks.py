@@ -26,8 +26,8 @@ def peak_bytes(device: torch.device) -> int:
 class Meter(Callback):
     """Time and throughput of the training part of each epoch; validation and saving are not counted."""
 
-    def __init__(self, order_items: int, batch_size: int, tokens_per_item: float):
-        self.items, self.batch_size, self.tokens_per_item = order_items, batch_size, tokens_per_item
+    def __init__(self, items: int, batch_size: int, tokens_per_item: float):
+        self.items, self.batch_size, self.tokens_per_item = items, batch_size, tokens_per_item
         self.epoch_seconds = 0.0  # of this epoch before the process was interrupted
         self.seconds = 0.0  # of all finished epochs
         self.batches = 0

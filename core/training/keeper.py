@@ -118,10 +118,9 @@ class Keeper(Checkpoint):
         """Close the epoch's training, then validate it."""
         task: Task = pl_module
         task.check_finite()
-        means = {
-            name: float(trainer.strategy.reduce(torch.tensor(value), reduce_op="mean"))
-            for name, value in task.read_sums().items()
-        }
+        means = task.read_sums()
+        if trainer.world_size > 1:
+            means = {name: self._mean_over_ranks(trainer, value) for name, value in means.items()}
         self.row = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -219,6 +218,11 @@ class Keeper(Checkpoint):
         # Every process of a group must stop at the same step; a group of one needs no talk.
         signalled = self.stop.signum is not None
         return trainer.strategy.reduce_boolean_decision(signalled, all=False) if trainer.world_size > 1 else signalled
+
+    def _mean_over_ranks(self, trainer: pl.Trainer, value: float) -> float:
+        return float(
+            trainer.strategy.reduce(torch.tensor(value, device=trainer.strategy.root_device), reduce_op="mean")
+        )
 
     def _leave(self) -> None:
         signum = self.stop.signum or 15

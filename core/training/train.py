@@ -70,7 +70,9 @@ class Training:
         record = checkpoint.get("longspan")
         if record is not None and record["finished"]:
             return record
-        meter = Meter(self.loader.order.items, settings.batch_size, self.cost["tokens_per_item"])
+        # Every rank reads as much as this one, so the group's tokens are this rank's times the devices.
+        tokens = self.cost["tokens_per_item"] * settings.devices
+        meter = Meter(self.loader.order.items, settings.batch_size, tokens)
         validate = self._validate if self.val_loader is not None else None
         keeper = Keeper(session, self.loader, validate, meter, record)
         if record is not None:
