@@ -35,8 +35,8 @@ def headline(plan: Plan, table: Table) -> str:
             return f"Use no variant here: the floor {floor} beats the best of them, {best.variant} ({score})."
         if most > 1:
             return (
-                f"No variant has shown its worth here: {best.variant}, the best of them ({score}), "
-                f"does not beat the floor {floor} by more than seed noise."
+                f"No variant has shown its worth here: the best, {best.variant} ({score}), "
+                f"is not separable from the floor {floor}."
             )
     if len(finished) == 1:
         which = "The only variant" if len(table.rows) == 1 else "The only variant with a finished run"

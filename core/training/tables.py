@@ -137,7 +137,7 @@ def all_runs(summary: Summary) -> Cells:
     rows = []
     for run in summary.runs:
         values = [_value(run, name, metric) for name in parts]
-        shown = [units.MISSING if value is None else f"{value:.5g}" for value in values]
+        shown = [units.MISSING if value is None else f"{value:#.5g}" for value in values]
         time = units.duration(run.cost.get("seconds") or run.seconds)
         rows.append([run.run_dir, run.status, *shown, milliseconds(run.cost.get("step_ms")), time])
     return ["status", *(f"{name} {metric}" for name in parts), "training step", "time"], rows
