@@ -1,8 +1,12 @@
 """What may be compared: the request is checked on resolved recipes before anything runs."""
 
+import shlex
+from dataclasses import replace
+
 import pytest
 
 from core.training import plan as planning
+from core.training.command import main
 from core.training.errors import UserError
 from core.training.plan import make_plan
 
@@ -30,17 +34,19 @@ def test_the_plan_holds_what_the_runs_share_and_where_they_differ():
     )
 
 
-def test_the_command_of_the_plan_can_be_parsed_again():
-    from core.training.command import _parser
+def test_the_command_of_the_plan_asks_the_same_question(monkeypatch):
+    asked = {}
 
-    words = request(overrides=["data.items=96"]).command.split()
-    args = _parser()[0].parse_args(words[1:])
-    assert (args.recipe, args.variants, args.seeds, args.overrides) == (
-        "toy/demo",
-        "softmax,linear",
-        "2",
-        ["data.items=96"],
-    )
+    def compare(recipe, **request):
+        asked.update(request)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("core.training.compare.compare", compare)
+    plan = request(overrides=["data.items=90"], grid=["data.width=4,8"], seeds=[4, 7], baseline="linear")
+    main(shlex.split(plan.command)[1:])
+    names = ("variants", "seeds", "overrides", "grid", "baseline", "jobs")
+    again = make_plan("toy/demo", **{name: asked[name] for name in names})
+    assert replace(again, environment=plan.environment) == plan  # the environment has the time of day
 
 
 def test_a_grid_is_the_product_of_its_axes():
