@@ -13,14 +13,11 @@ OURS = ("core", "apps")
 
 # What Lightning says about every run of ours, by the start of its text, with the reason why it is left out.
 HARMLESS = (
-    # Data in memory is read fastest without worker processes; `trainer.workers` is there for other data.
+    # Seen on machines with many cores. Data in memory is read fastest without worker processes; other data has
+    # `trainer.workers`.
     r"The '\w+_dataloader' does not have many workers",
     # The recipe chooses the accelerator; environment.json says which it was.
     r"GPU available but not used",
-    # On purpose: `fit` continues from a checkpoint in the folder that it writes to.
-    r"Checkpoint directory .* exists and is not empty",
-    # Frozen parts of an app's model stay in evaluation mode on purpose.
-    r"Found \d+ module\(s\) in eval mode at the start of training",
     # torch renamed a class of its tree utilities that Lightning 2.6 still uses.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )

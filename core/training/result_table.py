@@ -6,33 +6,50 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from core.training.app import get_app
+from core.training.app import App, get_app
+from core.training.summary import NOISE_FLOOR
 
 
 def print_result(metrics: dict[str, Any], run_dir: Path, app: str, console: Console | None = None) -> None:
     """Print to stdout: a table on a terminal; elsewhere only the run folder, for scripts."""
     console = console or Console()
     if console.is_terminal:
-        console.print(result_table(metrics, app))
+        console.print(result_table(metrics, get_app(app)))
+        console.print(floor_line(metrics, get_app(app)), highlight=False)
         console.print(cost_line(metrics["cost"]), highlight=False)
     console.print(str(run_dir), highlight=False, soft_wrap=True)
 
 
-def result_table(metrics: dict[str, Any], app: str) -> Table:
-    """The model's row, then the floors, best first; columns are the test metrics, the primary one first."""
-    primary, better = get_app(app).metric, get_app(app).better
+def result_table(metrics: dict[str, Any], app: App) -> Table:
+    """A row per metric, the primary one first; a column for the model, then one per floor, best first."""
     shown = metrics["test"] or metrics["val"]
-    names = sorted(shown, key=lambda name: name != primary)
-    table = Table(title="test" if metrics["test"] else "val (there is no test part)")
-    table.add_column("")
-    for name in names:
-        table.add_column(f"{name} ({better} is better)" if name == primary else name, justify="right")
-    table.add_row("[bold]model", *(f"[bold]{shown[name]:.4g}" for name in names))
-    sign = 1 if better == "lower" else -1
-    floors = metrics["floors"].items()
-    for floor, values in sorted(floors, key=lambda item: sign * item[1].get(primary, sign * float("inf"))):
-        table.add_row(f"floor: {floor}", *(f"{values[name]:.4g}" if name in values else "" for name in names))
+    table = Table(title="test" if metrics["test"] else "val (there is no test part)", title_justify="left")
+    table.add_column(f"{app.metric}, {app.better} is better", style="dim", no_wrap=True)
+    table.add_column("model", justify="right", style="bold")
+    floors = _sorted_floors(metrics, app)
+    for name, _ in floors:
+        table.add_column(name, justify="right")
+    for metric in sorted(shown, key=lambda name: name != app.metric):
+        values = [floor.get(metric) for _, floor in floors]
+        table.add_row(metric, f"{shown[metric]:.4g}", *("" if value is None else f"{value:.4g}" for value in values))
     return table
+
+
+def floor_line(metrics: dict[str, Any], app: App) -> str:
+    """Whether the model was worth its training, in one sentence."""
+    floors = [(name, values[app.metric]) for name, values in _sorted_floors(metrics, app) if name != NOISE_FLOOR]
+    if not floors or app.metric not in metrics["test"]:
+        return "No floors were computed, so nothing says what the model's figures are worth."
+    (name, floor), ours = floors[0], metrics["test"][app.metric]
+    figures = f"{app.metric} {ours:.4g} against {floor:.4g}"
+    if app.improves(ours, floor):
+        return f"Better than the best floor, {name}: {figures} (one seed; `longspan compare` tells the noise)."
+    return f"Not better than {name}, which needs no deep model: {figures}."
+
+
+def _sorted_floors(metrics: dict[str, Any], app: App) -> list[tuple[str, dict[str, float]]]:
+    floors = [(name, values) for name, values in metrics["floors"].items() if app.metric in values]
+    return sorted(floors, key=lambda floor: floor[1][app.metric], reverse=app.better == "higher")
 
 
 def cost_line(cost: dict[str, Any]) -> str:

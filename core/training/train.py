@@ -82,6 +82,8 @@ class Training:
             write_json(session.folder.data, session.data.summary)
             if record is None:
                 write_json(session.folder.environment, environment(session.recipe, session.device))
+        for key, value in session.data.summary.items():
+            log.info("data  %s: %s", key, _in_words(value))
         log.info(
             "%s: %s parameters, %d steps on %s",
             session.recipe.source,
@@ -120,6 +122,15 @@ class Training:
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
+
+
+def _in_words(value: Any) -> str:
+    """A value of the data's summary on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_in_words(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_in_words, value)) or "none"
+    return str(value)
 
 
 def _continue_from(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
