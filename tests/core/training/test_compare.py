@@ -296,6 +296,8 @@ def test_two_comparisons_do_not_share_a_folder(fake, toy):
             fake()
 
 
+# Four fresh processes import torch and Lightning: half a minute alone, minutes on a machine that is busy.
+@pytest.mark.timeout(600)
 def test_the_real_thing(toy, toy_environment):
     """Two variants, two seeds, two steps, as processes, through the command; then a report from the folder alone."""
     command = "compare toy/demo trainer.max_steps=2 --variants softmax,linear --seeds 2 --jobs 2 --run-dir cmp"
