@@ -62,7 +62,8 @@ class Block(nn.Module):
         self.cross_norm = self.cross = None
         if cross is not None:
             self.cross_norm = nn.LayerNorm(dim)
-            self.cross = Attention(dim, heads, **cross, backend=layer.get("backend", "auto"))
+            shared = {key: layer[key] for key in ("qk_norm", "num_kv_heads", "backend") if key in layer}
+            self.cross = Attention(dim, heads, **cross, **shared)
             self.cross._require("cross")
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim, dropout)
@@ -203,6 +204,8 @@ class _Stack(nn.Module):
         if plain and x.shape[1] > known:
             return self.drop(x + self.table(x.shape[1]))
         last = x.shape[1] + (0 if start is None else int(start.max()))
+        if last > known and start is None:  # the longest sequence counts, not the padding or the pack around it
+            last = int(at.max()) + 1
         if last > known:
             raise ValueError(
                 f"learned positions reach {known}, this input needs {last}; build with a larger max_length "

@@ -45,8 +45,9 @@ def expand_layout(attention: Mapping[str, Any], layout: str | None, depth: int) 
         raise ValueError("backbone.layout is empty; write a word such as 'lls'")
     layers = []
     for letter in layout:
-        chosen = attention.get(letter) or ({"variant": LETTERS[letter]} if letter in LETTERS else None)
-        if chosen is None:
+        default = {"variant": LETTERS[letter]} if letter in LETTERS else {}
+        chosen = {**default, **attention.get(letter, {})}
+        if "variant" not in chosen:
             known = sorted({*attention, *LETTERS})
             raise ValueError(f"layout {layout!r}: letter {letter!r} has no meaning; known letters: {', '.join(known)}")
         check(chosen["variant"], _options(chosen))

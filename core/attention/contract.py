@@ -80,19 +80,21 @@ class _Merge(torch.autograd.Function):
         for share, part in zip(shares[1:], outs[1:]):
             out = out + part * share.unsqueeze(-1)
         out = out.to(outs[0].dtype)
-        ctx.save_for_backward(out, *outs, *shares)
+        ctx.save_for_backward(*outs, *shares)
         return out, top + torch.log(total)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         do, dl = grads
-        out, *rest = ctx.saved_tensors
-        outs, shares = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        saved = ctx.saved_tensors
+        outs, shares = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        do = do.to(shares[0].dtype)  # differences of rounded outputs would cost the masses their digits
+        along = [(do * part).sum(-1) for part in outs]
+        whole = sum(share * one for share, one in zip(shares, along))
         flat = []
-        for part, share in zip(outs, shares):
-            along = (do * (part - out)).sum(-1, dtype=share.dtype)
-            flat += [(do * share.unsqueeze(-1)).to(part.dtype), share * (dl + along)]
+        for part, share, one in zip(outs, shares, along):
+            flat += [(do * share.unsqueeze(-1)).to(part.dtype), share * (dl + one - whole)]
         return tuple(flat)
 
 
@@ -271,8 +273,10 @@ def hide(x: Tensor, key_mask: Tensor | None) -> Tensor:
     return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, 0.0)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Heads:
-    """Raise ValueError with expected and given shapes unless q, k, v and the mask fit; give the head geometry."""
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, slopes: Tensor | None = None
+) -> Heads:
+    """Raise ValueError with expected and given unless q, k, v, mask and slopes fit; give the head geometry."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, length, width], got shape {list(x.shape)}")
@@ -290,5 +294,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None
         raise ValueError(
             f"key_mask must be bool [{batch}, {k.shape[2]}], True where a key is real, "
             f"got {key_mask.dtype} {list(key_mask.shape)}"
+        )
+    if slopes is not None and (slopes.shape != (heads,) or slopes.requires_grad):
+        raise ValueError(
+            f"slopes must be [{heads}] constants, one per head, got {list(slopes.shape)}"
+            f"{', which require a gradient' if slopes.requires_grad else ''}"
         )
     return Heads(heads, k.shape[1], width, v.shape[3])

@@ -13,7 +13,6 @@ them, because the blocked forms apply it to one chunk at a time, forward and bac
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +40,17 @@ class FeatureMap:
     positive: bool = True
     floor: float = 0.0
 
+    def __reduce__(self):
+        return feature_map, (self.name,)  # layers that hold a map can be pickled; its functions cannot
+
     def log_gate(self, width: int) -> float:
         """Where a hybrid starts the log weight of its linear tail, for per-head width `width`."""
         return 0.0 if self.kernel else -math.log(self.width(width))
+
+
+def _elu(x: Tensor) -> Tensor:
+    # Not elu(x) + 1, whose digits cancel for negative x: below -17 it is exactly 0 in float32.
+    return x.clamp(max=0).exp().add_(F.relu(x)) if not x.requires_grad else x.clamp(max=0).exp() + F.relu(x)
 
 
 def _elu_gradient(x: Tensor, phi: Tensor, d: Tensor) -> Tensor:
@@ -52,7 +59,7 @@ def _elu_gradient(x: Tensor, phi: Tensor, d: Tensor) -> Tensor:
 
 def _taylor(x: Tensor) -> Tensor:
     width = x.shape[-1]
-    rows, columns = _upper(width, x.device)
+    rows, columns = torch.triu_indices(width, width, offset=1, device=x.device).unbind()
     return torch.cat(
         (
             torch.ones_like(x[..., :1]),
@@ -66,23 +73,18 @@ def _taylor(x: Tensor) -> Tensor:
 
 def _taylor_gradient(x: Tensor, phi: Tensor, d: Tensor) -> Tensor:
     width = x.shape[-1]
-    rows, columns = _upper(width, x.device)
+    rows, columns = torch.triu_indices(width, width, offset=1, device=x.device).unbind()
     linear, square, product = d[..., 1:].split((width, width, len(rows)), dim=-1)
-    dx = linear * width**-0.25 + square * x * (2 / width) ** 0.5
-    dx.index_add_(-1, rows, product * x[..., columns] * width**-0.5)
-    return dx.index_add_(-1, columns, product * x[..., rows] * width**-0.5)
-
-
-@cache
-def _upper(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(width, width, offset=1, device=device).unbind()
-    return rows, columns
+    pairs = x.new_zeros(*x.shape, width)
+    pairs[..., rows, columns] = product * width**-0.5
+    crossed = (pairs * x.unsqueeze(-2)).sum(-1) + (pairs * x.unsqueeze(-1)).sum(-2)
+    return linear * width**-0.25 + square * x * (2 / width) ** 0.5 + crossed
 
 
 FEATURE_MAPS = {
     one.name: one
     for one in (
-        FeatureMap("elu", lambda d: d, lambda x: F.elu(x).add_(1), _elu_gradient),
+        FeatureMap("elu", lambda d: d, _elu, _elu_gradient),
         FeatureMap("relu", lambda d: d, F.relu, lambda x, phi, d: d * (x > 0), floor=1e-6),
         FeatureMap("taylor", lambda d: 1 + d + d * (d + 1) // 2, _taylor, _taylor_gradient, kernel=True),
         FeatureMap("identity", lambda d: d, lambda x: x, lambda x, phi, d: d, kernel=True, positive=False),

@@ -80,6 +80,12 @@ class Attention(nn.Module):
             able = [name for name in available() if positions.removesuffix("2d") in variant_class(name).positions]
             raise ValueError(f"attention {variant!r} does not compose with {positions!r}; {', '.join(able)} do")
 
+        planes = {"rope": 1, "rope2d": 2}.get(positions or "", 0)
+        turned = getattr(getattr(self.variant, "project", None), "width", width)
+        for size in {width, turned}:
+            if planes and size % (2 * planes):
+                raise ValueError(f"positions={positions!r} needs head widths divisible by {2 * planes}, got {size}")
+
         self.query = nn.Linear(dim, num_heads * width, bias=bias)
         self.key = nn.Linear(dim, self.num_kv_heads * width, bias=bias)
         self.value = nn.Linear(dim, self.num_kv_heads * width, bias=bias)
@@ -131,8 +137,7 @@ class Attention(nn.Module):
         if (cu_seqlens_context is not None) != (cu_seqlens is not None and context is not None):
             raise ValueError("cu_seqlens_context goes with cu_seqlens and a context, all three or none")
         q, k, v = self._project(x, x if context is None else context)
-        if coordinates is None and self.positions == "rope2d":
-            raise ValueError("positions='rope2d' needs coordinates [..., L, 2]: the row and column of each token")
+        self._check_coordinates(coordinates, x)
         if coordinates is None and self.positions == "rope":
             coordinates = torch.arange(x.shape[1], device=x.device)
 
@@ -140,7 +145,8 @@ class Attention(nn.Module):
             return self._merge_heads(self._attend(q, k, v, key_mask, coordinates).out)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, rows: Tensor) -> Attended:
-            return self._attend(q, k, v, key_mask, None if coordinates is None else _at(coordinates, rows))
+            at = None if coordinates is None else _at(coordinates, rows, self.positions == "rope2d")
+            return self._attend(q, k, v, key_mask, at)
 
         return self._merge_heads(attend_packed(attend, q, k, v, cu_seqlens, cu_seqlens_context).out)
 
@@ -163,6 +169,8 @@ class Attention(nn.Module):
         Any split of a sequence over calls gives what one forward over the whole gives. The old state stays usable.
         """
         self._check(x, "x")
+        if x.shape[1] == 0:
+            return x, state
         if self.positions == "rope2d":
             raise ValueError("positions='rope2d' has no order to decode in; use 'rope'")
         q, k, v = self._project(x, x)
@@ -181,6 +189,10 @@ class Attention(nn.Module):
         if x.dim() == 2:
             y, state = self.prefill(x.unsqueeze(1), state)
             return y.squeeze(1), state
+        if x.dim() != 3 or x.shape[1] != 1:
+            raise ValueError(
+                f"a step takes one token, [batch, {self.dim}] or [batch, 1, {self.dim}], got {list(x.shape)}"
+            )
         return self.prefill(x, state)
 
     def cost(self, batch: int, length: int, keys: int | None = None) -> Cost:
@@ -206,7 +218,7 @@ class Attention(nn.Module):
 
     def _attend(self, q, k, v, key_mask, coordinates) -> Attended:
         rotary = None
-        if coordinates is not None and self.positions in ("rope", "rope2d"):
+        if coordinates is not None:
             rotation = Rotation(coordinates, planes=2 if self.positions == "rope2d" else 1)
             rotary = (rotation, rotation)
         return self.variant(
@@ -245,12 +257,25 @@ class Attention(nn.Module):
             able = [name for name in available() if ability in variant_class(name).can]
             raise ValueError(f"attention {self.variant.name!r} cannot do {ability!r}; {', '.join(able)} can")
 
+    def _check_coordinates(self, coordinates: Tensor | None, x: Tensor) -> None:
+        if self.positions not in ("rope", "rope2d"):
+            if coordinates is not None:
+                raise ValueError(f"coordinates belong to rotary positions; this layer has positions={self.positions!r}")
+            return
+        each = (x.shape[1], 2) if self.positions == "rope2d" else (x.shape[1],)
+        wanted = f"{list(each)} or {[x.shape[0], *each]}"
+        if coordinates is None:
+            if self.positions == "rope2d":
+                raise ValueError(f"positions='rope2d' needs coordinates {wanted}: the row and column of each token")
+        elif tuple(coordinates.shape) not in (each, (x.shape[0], *each)):
+            raise ValueError(f"coordinates must be {wanted}, got {list(coordinates.shape)}")
+
     def _check(self, x: Tensor, name: str) -> None:
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"{name} must be [batch, length, {self.dim}], got {list(x.shape)}")
 
 
-def _at(coordinates: Tensor, rows: Tensor) -> Tensor:
+def _at(coordinates: Tensor, rows: Tensor, two_dimensional: bool) -> Tensor:
     """Coordinates of packed rows, [T] or [1, T] (or [..., T, 2]) at [n, L]."""
-    flat = coordinates.squeeze(0) if coordinates.dim() > 1 and coordinates.shape[0] == 1 else coordinates
+    flat = coordinates[0] if coordinates.dim() == 2 + two_dimensional else coordinates
     return flat[rows]

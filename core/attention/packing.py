@@ -2,7 +2,7 @@
 
     x        a0 a1 a2 | b0 | c0 c1        cu_seqlens = [0, 3, 4, 6]
 
-Sequences are unpacked into a few padded batches, one per power of two of their length, so at most half of the work is
+Sequences are unpacked into a few padded batches, one per power of two of their length, so at most half of the rows are
 padding however ragged the pack is, and any mechanism that honours a key mask serves packs exactly.
 """
 

@@ -51,6 +51,9 @@ def register(name: str, *, summary: str, source: str) -> Callable[[type], type]:
 
     def keep(cls: type) -> type:
         taken = _registered.get(name)
+        shipped = _shipped().get(name)
+        if shipped is not None and shipped.module != cls.__module__:
+            raise ValueError(f"attention {name!r} is already registered by {shipped.module}; choose another name")
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"attention {name!r} is already registered by {taken.__module__}.{taken.__qualname__}")
         parameters = inspect.signature(cls.__init__).parameters.values()

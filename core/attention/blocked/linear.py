@@ -136,7 +136,7 @@ class _Chunks:
         return state
 
 
-def _floor(q, k, key_mask, count, name: str, span: _Span) -> Tensor:
+def least_denominator(q, k, key_mask, count, name: str, direction: str, offset: int) -> Tensor:
     """Lower bound [B or 1, 1, L] of the denominator: a share of the visible keys, for maps that can vanish."""
     acc = accumulator(q.dtype)
     smallest = torch.finfo(acc).tiny
@@ -145,11 +145,11 @@ def _floor(q, k, key_mask, count, name: str, span: _Span) -> Tensor:
         return torch.full((1, 1, q.shape[2]), smallest, dtype=acc, device=q.device)
     real = torch.ones(1, k.shape[2], device=q.device) if key_mask is None else key_mask
     upto = torch.nn.functional.pad(real.to(acc).cumsum(-1), (1, 0))
-    if span.direction == "both":
+    if direction == "both":
         seen = upto[:, -1:].expand(-1, q.shape[2])
     else:
-        at = torch.arange(q.shape[2], device=q.device) + span.offset
-        if span.direction == "past":
+        at = torch.arange(q.shape[2], device=q.device) + offset
+        if direction == "past":
             seen = upto[:, (at + 1).clamp(0, k.shape[2])]
         else:
             seen = upto[:, -1:] - upto[:, at.clamp(0, k.shape[2])]
@@ -186,9 +186,9 @@ def linear_forward(
     span = _Span(q.shape[2], k.shape[2], direction, offset)
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
     den = torch.zeros(q.shape[:3], dtype=acc, device=q.device)
-    end = _zero_state(q, k, v, feature_map) if state is None else state.to(acc, copy=True)
+    end = _zero_state(q, k, v, feature_map) if state is None else _owned(state, acc)
     with full_precision(q.device):
-        floor = _floor(q, k, key_mask, count, feature_map, span)
+        floor = least_denominator(q, k, key_mask, count, feature_map, direction, offset)
         for items in _items(q, k, v, feature_map, direction):
             chunks = _Chunks(q, k, v, key_mask, decay, feature_map, items, span)
             low = floor[items] if floor.shape[0] > 1 else floor
@@ -232,9 +232,9 @@ def linear_backward(
     acc = accumulator(q.dtype)
     span = _Span(q.shape[2], k.shape[2], direction, offset)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    ds_all = _zero_state(q, k, v, feature_map) if d_state is None else d_state.to(acc, copy=True)
+    ds_all = _zero_state(q, k, v, feature_map) if d_state is None else _owned(d_state, acc)
     with full_precision(q.device):
-        floor = _floor(q, k, key_mask, count, feature_map, span)
+        floor = least_denominator(q, k, key_mask, count, feature_map, direction, offset)
         for items in _items(q, k, v, feature_map, direction):
             chunks = _Chunks(q, k, v, key_mask, decay, feature_map, items, span)
             low = floor[items] if floor.shape[0] > 1 else floor
@@ -290,6 +290,11 @@ def linear_backward(
                 dv[items, :, a:b] = chunks.columns(fk @ ds)[..., :-1]
                 chunks.carry(ds, b - a)
     return dq, dk, dv, ds_all
+
+
+def _owned(state: Tensor, dtype: torch.dtype) -> Tensor:
+    # An op's output may neither alias its input nor inherit its strides.
+    return state.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _zero_state(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:

@@ -156,6 +156,8 @@ def window_forward(
     acc = accumulator(q.dtype)
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
     mass = torch.full(q.shape[:3], -torch.inf, dtype=acc, device=q.device)
+    if 0 in (*q.shape, k.shape[2]):
+        return out, mass
     with full_precision(q.device):
         band, plan = _plan(q, k, window, causal)
         for items, spans in plan:
@@ -191,6 +193,8 @@ def window_backward(
     acc = accumulator(q.dtype)
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (k, v))
+    if 0 in (*q.shape, k.shape[2]):
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
     with full_precision(q.device):
         band, plan = _plan(q, k, window, causal)
         for items, spans in plan:

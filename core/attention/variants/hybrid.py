@@ -113,7 +113,7 @@ def hybrid_attention(
     Raises:
         ValueError: window < 1, shapes disagree, a signed map, two-sided with L != M or with a state.
     """
-    heads = check_inputs(q, k, v, key_mask)
+    heads = check_inputs(q, k, v, key_mask, slopes)
     check_window(window)
     phi = positive_map(feature_map)
     if gate is None:
@@ -122,6 +122,11 @@ def hybrid_attention(
         raise ValueError(f"gate must be [{heads.query}], one log weight per head, got {list(gate.shape)}")
     if not causal and (state is not None or return_state):
         raise ValueError("a two-sided hybrid has no state: its tail also comes from the future; use causal=True")
+    if (state is not None or return_state) and q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"more queries than new keys with a state: where would the first {q.shape[2] - k.shape[2]} stand? "
+            f"got L={q.shape[2]}, M={k.shape[2]}"
+        )
     if not causal and q.shape[2] != k.shape[2]:
         raise ValueError(
             f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
@@ -168,10 +173,10 @@ def _reference(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slo
     return reference(q, k, v, *features, window, gate, causal, key_mask, scale, slopes, turned)
 
 
-@implementation("hybrid", "torch")
+@implementation("hybrid", "torch", serves=("state",))
 def _torch(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
     behind = k.shape[2] - q.shape[2] - window  # the newest key of query 0's tail
-    options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary}
+    options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": "torch"}
     parts = [linear.sums(tail_q, tail_k, v, phi, "past", behind, **options)[0]]
     if not causal:
         parts.append(linear.sums(tail_q, tail_k, v, phi, "future", window, **options)[0])
@@ -183,7 +188,7 @@ def near(q, k, v, window, causal, key_mask, slopes, scale, rotary) -> Attended:
     """The window's part."""
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
-    options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale}
+    options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": "torch"}
     return attend_window(q, k, v, window, **options)
 
 
@@ -199,24 +204,25 @@ def resume(
 
     tail_of: what phi acts on, from keys; applied once to each key, when it leaves.
     """
-    length = q.shape[2]
+    resolve("hybrid", backend, q.device.type, q.dtype, ("state",))
+    leaving = k.shape[2]  # as many as come
     ring = extend_ring(state, k, v, key_mask)
     if rotary is not None:
         rotary = (rotary[0], rotary[1].extended(window))
     attended = near(q, ring["keys"], ring["values"], window, True, ring["mask"], slopes, scale, rotary)
     tail, past = linear.sums(
         tail_q,
-        tail_of(ring["keys"][:, :, :length]),
-        ring["values"][:, :, :length],
+        tail_of(ring["keys"][:, :, :leaving]),
+        ring["values"][:, :, :leaving],
         phi,
         "past",
-        0,
-        key_mask=ring["mask"][:, :length],
+        leaving - q.shape[2],
+        key_mask=ring["mask"][:, :leaving],
         slopes=slopes,
-        rotary=None if rotary is None else (rotary[0], rotary[1].first(length)),
+        rotary=None if rotary is None else (rotary[0], rotary[1].first(leaving)),
         state={"sum": state["sum"], "count": state["count"]},
         keep=True,
-        backend=backend,
+        backend="torch",
     )
     return merge(attended, weighted(tail, gate, slopes, window)), {**keep_ring(ring, window), **(past or {})}
 

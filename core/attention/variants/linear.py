@@ -16,14 +16,12 @@ Where we differ:
     denominator (masking the values alone does not).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.attention.backends import implementation, resolve
-from core.attention.blocked.linear import CHUNK, linear_forward
+from core.attention.blocked.linear import CHUNK, least_denominator, linear_forward
 from core.attention.contract import (
     Attended,
     Cost,
@@ -95,11 +93,19 @@ def linear_attention(
     Raises:
         ValueError: shapes disagree, unknown map, a mass that does not exist, or two-sided decay with a state.
     """
-    check_inputs(q, k, v, key_mask)
+    check_inputs(q, k, v, key_mask, slopes)
     phi = phi_named(feature_map)
-    if return_mass and not (normalize and phi.positive):
-        why = "normalize=False" if phi.positive else f"feature map {feature_map!r} is signed"
-        raise ValueError(f"linear attention has no mass here: {why}")
+    if normalize and not phi.positive:
+        raise ValueError(
+            f"feature map {feature_map!r} is signed, so its weights have no sum to divide by; use normalize=False"
+        )
+    if return_mass and not normalize:
+        raise ValueError("linear attention has no mass without its normaliser: return_mass needs normalize=True")
+    if causal and state is not None and q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"more queries than new keys after a state: where would the first {q.shape[2] - k.shape[2]} stand? "
+            f"got L={q.shape[2]}, M={k.shape[2]}"
+        )
     two_sided = slopes is not None and not causal
     if two_sided and (state is not None or return_state):
         raise ValueError("two-sided decay depends on where each query stands, so it has no state; use causal=True")
@@ -184,18 +190,19 @@ def sums(
             q, k = rotary[0](q), rotary[1](k)
         attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
         return attended, {"sum": total, "count": _count(q, k, key_mask, before[1])} if keep else None
-    fq, fk = phi.features(q), hide(phi.features(k), key_mask)
+    acc = accumulator(v.dtype)
+    fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)
     # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
     # sum would overflow float16, so it is kept in the accumulator's precision.
     plain = None if state is None else state["sum"][..., -1:]
-    wide, same = v.to(accumulator(v.dtype)), FEATURE_MAPS["identity"]
+    wide, same = v.to(acc), FEATURE_MAPS["identity"]
     turned, total = run(rotary[0](fq), rotary[1](fk), wide, same, direction, offset, key_mask, slopes, False, *before)
     mass, ones = run(q, k, v[..., :0], phi, direction, offset, key_mask, slopes, True, plain, before[1])
     out = turned.out
     if normalize:
-        low = math.log(phi.floor) if phi.floor else -math.inf
-        inverse = torch.exp(-mass.log_mass.clamp(min=low)).masked_fill(mass.log_mass == -torch.inf, 0.0)
-        out = out * inverse.unsqueeze(-1)
+        least = least_denominator(q, k, key_mask, before[1], phi.name, direction, offset)
+        den = torch.maximum(mass.log_mass.exp(), least)
+        out = out * torch.where(mass.log_mass == -torch.inf, 0.0, 1 / den).unsqueeze(-1)
     attended = Attended(out.to(v.dtype), mass.log_mass)
     if not keep:
         return attended, None
@@ -365,5 +372,5 @@ def sums_cost(heads: Heads, phi: FeatureMap, width: int, batch, length, keys, ca
     return Cost(
         flops=batch * flops,
         bytes_moved=batch * element_bytes * (heads.query * length + heads.key * keys) * (width + heads.value_width),
-        state_bytes=batch * (4 * key_heads * features * values + 4) if causal else 0,
+        state_bytes=batch * max(4, element_bytes) * (key_heads * features * values + 1) if causal else 0,
     )

@@ -94,10 +94,13 @@ def attend(
     backend="auto",
 ) -> Attended:
     """`softmax_attention`, always as `Attended`; the mass is there if asked for."""
-    check_inputs(q, k, v, key_mask)
+    check_inputs(q, k, v, key_mask, slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        scores = (*q.shape[:3], k.shape[2])
+        if any(given not in (1, size) for given, size in zip(bias.shape, scores, strict=True)):
+            raise ValueError(f"bias must broadcast to the scores {list(scores)}, got {list(bias.shape)}")
     square = not causal or q.shape[2] == k.shape[2] or q.shape[2] == 1
     asked = {
         "mass": return_mass,

@@ -79,7 +79,7 @@ def sliding_window_attention(
 
 def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, backend="auto") -> Attended:
     """`sliding_window_attention`, always with the mass, which comes for nothing."""
-    check_inputs(q, k, v, key_mask)
+    check_inputs(q, k, v, key_mask, slopes)
     check_window(window)
     if not causal and q.shape[2] != k.shape[2]:
         raise ValueError(
