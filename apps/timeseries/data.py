@@ -119,11 +119,11 @@ def find_file(options: DataSection) -> Path:
 def window_sizes(options: DataSection, borders: Borders, season: int | None) -> tuple[int, int]:
     """Look-back and horizon; where the recipe leaves them open, from the season and the length of the parts.
 
-    Horizon: one season (24 without one), at most half of the validation part and 96. Look-back: seven seasons, at most
+    Horizon: one season (24 without one), at most 96 and three quarters of the validation part. Look-back: seven seasons, at most
     512 and a third of the training part, whole seasons where one fits, at least the horizon.
     """
     cycle = season or 24
-    horizon = options.horizon or max(1, min(cycle, 96, (borders.val - borders.train) // 2))
+    horizon = options.horizon or max(1, min(cycle, 96, (borders.val - borders.train) * 3 // 4))
     if options.lookback is not None:
         return options.lookback, horizon
     longest = max(1, min(7 * cycle, 512, borders.train // 3))
@@ -175,6 +175,7 @@ def _summary(
         "source": source,
         "series": len(table.columns),
         **table.report,
+        "missing": table.report.get("missing") or "none",
         "missing_policy": options.missing,
         "split": options.split,
         "parts": {

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from core.training.plots import COLOURS, INK, STYLE
 
 PAST, FORECAST = INK, COLOURS[0]
-MOST_PANELS = 6
-"""Series drawn in one figure; the files beside it hold all of them."""
+MOST_PANELS = 8
+"""Series in one fan chart; half as many in the windows of the test part. The tables beside them hold all."""
 LOOK = {**STYLE, "axes.grid": True, "savefig.transparent": False, "figure.dpi": 110, "legend.handlelength": 1.6}
 
 
@@ -56,17 +56,21 @@ def draw_errors_by_series(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         return _saved(figure, path)
 
 
-def draw_windows(path: Path, windows: Sequence[Any], columns: Sequence[str], levels: Sequence[float]) -> Path:
+def draw_windows(
+    path: Path, windows: Sequence[Any], origins: Sequence[str], columns: Sequence[str], levels: Sequence[float]
+) -> Path:
     """Sample windows of the test part in the units of the file: rows are series, columns are origins.
 
     Args:
         path: PNG to write.
         windows: `results.Kept` in the units of the file, in order of time.
+        origins: the first stamp that each of them forecasts.
         columns: names of the series.
         levels: quantile levels of the windows.
     """
-    chosen = [windows[i] for i in np.unique(np.linspace(0, len(windows) - 1, min(3, len(windows))).astype(int))]
-    names = list(columns)[: MOST_PANELS - 2]
+    spread = np.unique(np.linspace(0, len(windows) - 1, min(3, len(windows))).astype(int))
+    chosen = [windows[i] for i in spread]
+    names = list(columns)[: MOST_PANELS // 2]
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(3.6 * len(chosen) + 0.4, 1.9 * len(names) + 0.8), layout="constrained")
         panels = figure.subplots(len(names), len(chosen), squeeze=False, sharex=True, sharey="row")
@@ -80,12 +84,13 @@ def draw_windows(path: Path, windows: Sequence[Any], columns: Sequence[str], lev
                 panel.plot(ahead, window.future[series], color=PAST, lw=0.9, label="observed", **_dot(horizon))
                 panel.axvline(-0.5, color="#9aa5b1", lw=0.8)
             panels[series][0].set_ylabel(_short(name))
-        for number, panel in enumerate(panels[0], 1):
-            panel.set_title(f"window {number} of {len(chosen)}")
+        for panel, i in zip(panels[0], spread):
+            panel.set_title(f"from {origins[i]}")
         for panel in panels[-1]:
             panel.set_xlabel("steps from the origin")
         more = f"; {len(names)} of {len(columns)} series" if len(columns) > len(names) else ""
         figure.suptitle(f"Forecasts of the test part, units of the file{more}", x=0.01, ha="left", fontsize=10)
+        figure.align_ylabels(panels[:, 0])
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return _saved(figure, path)
 
@@ -123,6 +128,7 @@ def draw_forecast(
                 )
             panel.set_ylabel(_short(series))
         more = f" ({len(shown)} of {len(columns)} series)" if len(columns) > len(shown) else ""
+        figure.align_ylabels(panels)
         panels[0].set_title(f"Forecast beyond the end of the file{more}")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         if isinstance(history.index, pd.DatetimeIndex):

@@ -33,6 +33,7 @@ def write_results(
     """
     steps, series = errors.by_step(), errors.by_series(spec["columns"])
     windows = restore(kept, spec)
+    origins = [spec["test_stamps"][window.origin - spec["test_from"]] for window in windows]
     plots = run_dir / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     files = [run_dir / name for name in ("errors_by_step.csv", "errors_by_series.csv", "forecasts.csv")]
@@ -44,7 +45,7 @@ def write_results(
         *files,
         draw_errors_by_step(plots / "errors_by_step.png", steps),
         draw_errors_by_series(plots / "errors_by_series.png", series),
-        draw_windows(plots / "windows.png", windows, spec["columns"], levels),
+        draw_windows(plots / "windows.png", windows, origins, spec["columns"], levels),
     ]
 
 

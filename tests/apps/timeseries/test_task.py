@@ -203,11 +203,11 @@ def test_the_scaler_knows_the_training_rows_alone(tmp_path):
 @pytest.mark.parametrize(
     ("file", "lookback", "horizon"),
     [
-        ("darts_small/AirPassengers.csv", 24, 8),  # 15 validation rows leave half of that for the horizon
+        ("darts_small/AirPassengers.csv", 24, 12),
         ("darts_small/heart_rate.csv", 168, 24),
         ("darts_small/taylor.csv", 168, 24),
-        ("darts_small/wineind.csv", 36, 9),
-        ("illness/national_illness.csv", 208, 48),
+        ("darts_small/wineind.csv", 36, 12),
+        ("illness/national_illness.csv", 208, 52),
     ],
 )
 def test_sizes_follow_from_the_length(shared_data, file, lookback, horizon):
