@@ -119,8 +119,8 @@ def find_file(options: DataSection) -> Path:
 def window_sizes(options: DataSection, borders: Borders, season: int | None) -> tuple[int, int]:
     """Look-back and horizon; where the recipe leaves them open, from the season and the length of the parts.
 
-    Horizon: one season (24 without one), at most 96 and three quarters of the validation part. Look-back: seven seasons, at most
-    512 and a third of the training part, whole seasons where one fits, at least the horizon.
+    Horizon: one season (24 without one), at most 96 and three quarters of the validation part. Look-back: seven
+    seasons, at most 512 and a third of the training part, whole seasons where one fits, at least the horizon.
     """
     cycle = season or 24
     horizon = options.horizon or max(1, min(cycle, 96, (borders.val - borders.train) * 3 // 4))
