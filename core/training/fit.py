@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,8 +17,8 @@ from rich.console import Console
 
 from core.training.app import get_app
 from core.training.checkpoint import newest_checkpoint
-from core.training.data import eval_loader
-from core.training.errors import UserError
+from core.training.data import Data, eval_loader
+from core.training.errors import RunFailed, UserError
 from core.training.evaluation import pick_device, run_evaluation
 from core.training.failures import told
 from core.training.interrupt import Stop
@@ -76,14 +78,14 @@ def fit(
     first = local_rank() == 0
     stop, console = Stop(), _console(quiet) if first else None
     started = time.perf_counter()
-    with logging_to(console) as journal, _threads(recipe), stop.watching():
+    with logging_to(console) as journal, _torch_settings(recipe), stop.watching():
         if folder.metrics.is_file():
             log.info("%s is finished already", folder.path)
             return _finished(folder)
         try:
             # All that can be wrong with the request shows before the folder is taken, so that the mended one finds
             # its name free.
-            data = app.part("data")(recipe)
+            data = _plain(app.part("data")(recipe), app.name)
             seed_all(recipe.seed)
             session = Session(recipe, app, device, folder, stop, console, data, build_task(recipe, app, data.spec))
             training = Training(session)
@@ -116,9 +118,9 @@ def evaluate(run: str | Path, *, floors: bool = True) -> dict[str, Any]:
     loaded = load_run(run)
     recipe, folder, stop, console = loaded.recipe, RunFolder(loaded.run_dir), Stop(), _console(None)
     device = pick_device(recipe)
-    with folder.locked(), logging_to(console) as journal, _threads(recipe), stop.watching():
+    with folder.locked(), logging_to(console) as journal, _torch_settings(recipe), stop.watching():
         journal.open(folder.log)
-        data = loaded.app.part("data")(recipe)
+        data = _plain(loaded.app.part("data")(recipe), loaded.app.name)
         session = Session(recipe, loaded.app, device, folder, stop, console, data, loaded.task)
         return _report(session, newest_checkpoint(folder.checkpoints)[1]["longspan"], floors, started).metrics
 
@@ -129,6 +131,15 @@ def _resolved(recipe: str | Path | Recipe, overrides: Sequence[str]) -> Recipe:
     if overrides:
         raise UserError("overrides go with a recipe's reference or path; change a Recipe object itself")
     return recipe
+
+
+def _plain(data: Data, app: str) -> Data:
+    """The data with spec and summary as JSON gives them back, so that training sees what a loaded run will see."""
+    try:
+        spec, summary = (json.loads(json.dumps(value, allow_nan=False)) for value in (data.spec, data.summary))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"app {app!r}: spec and summary of its data must be plain JSON values: {error}") from error
+    return replace(data, spec=spec, summary=summary)
 
 
 _GROUP_FOLDER = "LONGSPAN_RUN_DIR"  # tells the other processes of a group which folder the first one chose
@@ -160,7 +171,7 @@ def _report(session: Session, record: dict[str, Any], floors: bool, started: flo
         metrics["test"] = run_evaluation(task, loader, "test", session.stop)
         files += task.artifacts(folder.path)
         if floors:
-            metrics["floors"] = session.app.part("floors")(recipe, data)
+            metrics["floors"] = _finite_floors(session)
         elif folder.metrics.is_file():
             metrics["floors"] = json.loads(folder.metrics.read_text())["floors"]
     metrics["cost"] = task.cost() | _measured(record)
@@ -169,6 +180,15 @@ def _report(session: Session, record: dict[str, Any], floors: bool, started: flo
     log.info("test  %s", shown or "(no test part)")
     seconds = round(time.perf_counter() - started, 2)
     return RunResult(folder.path, metrics, "ok", seconds, len(record["rows"]), files)
+
+
+def _finite_floors(session: Session) -> dict[str, dict[str, float]]:
+    floors = session.app.part("floors")(session.recipe, session.data)
+    for name, values in floors.items():
+        for metric, value in values.items():
+            if not math.isfinite(value):
+                raise RunFailed(f"the floor {name!r} has {metric} {value}; --no-floors leaves the floors out")
+    return floors
 
 
 def _measured(record: dict[str, Any]) -> dict[str, float]:
@@ -192,12 +212,13 @@ def _console(quiet: bool | None) -> Console | None:
 
 
 @contextmanager
-def _threads(recipe: Recipe) -> Iterator[None]:
-    """torch's CPU threads as the recipe wants them, and as they were afterwards."""
-    before = torch.get_num_threads()
+def _torch_settings(recipe: Recipe) -> Iterator[None]:
+    """CPU threads and determinism as the recipe wants them, and as they were afterwards."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)

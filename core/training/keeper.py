@@ -88,6 +88,7 @@ class Keeper(Checkpoint):
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]
             set_random_state(self.resumed["random"])
+            self.resumed = None
         self.stop.install()
         self.stop.deferring = True
         if self.stage == "validate":

@@ -91,6 +91,7 @@ class Training:
             session.task.total_steps,
             session.device,
         )
+        del checkpoint, record  # Lightning reads the file itself; two copies of a large model are one too many
         with quiet_lightning():
             trainer = self._trainer([meter, Display(session.console, settings.epochs, settings.log_every), keeper])
             trainer.fit(session.task, self.loader, ckpt_path=str(source) if source else None)

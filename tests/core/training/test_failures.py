@@ -11,7 +11,7 @@ from core.training.checkpoint import read_checkpoint
 from core.training.command import main
 from core.training.errors import RunFailed, UserError
 from core.training.fit import fit
-from core.training.run import load_run
+from core.training.run import load_model, load_run
 
 
 def failed(capsys, words, code=1) -> str:
@@ -195,3 +195,55 @@ def test_no_readable_checkpoint_is_an_error_not_a_new_start(toy):
         fit("toy/demo", overrides=["trainer.epochs=1"], run_dir="run", resume=True)
     with pytest.raises(UserError, match="can be read"):
         load_run("run")
+
+
+def test_data_must_be_plain_and_is_seen_in_training_as_after_loading(toy, monkeypatch):
+    import longspan_toy.data
+    import longspan_toy.task
+    from longspan_toy.task import ToyTask
+
+    build = longspan_toy.data.build_data
+    seen = []
+
+    def with_spec(extra):
+        def build_data(recipe):
+            data = build(recipe)
+            data.spec["extra"] = extra
+            return data
+
+        monkeypatch.setattr(longspan_toy.data, "build_data", build_data)
+
+    class Looking(ToyTask):
+        def __init__(self, recipe, spec):
+            seen.append(spec["extra"])
+            super().__init__(recipe, spec)
+
+    monkeypatch.setattr(longspan_toy.task, "ToyTask", Looking)
+    with_spec((1, 2))
+    fit("toy/demo", overrides=["trainer.epochs=1"], run_dir="run", floors=False)
+    load_run("run")
+    load_model("run")
+    assert seen == [[1, 2]] * 3
+    for bad in (torch.zeros(1), float("nan"), {1, 2}):
+        with_spec(bad)
+        with pytest.raises(TypeError, match="app 'toy': spec and summary of its data must be plain JSON values"):
+            fit("toy/demo", run_dir="bad")
+        assert not (toy / "bad").exists()
+
+
+def test_a_floor_that_is_no_number_is_not_written(toy, monkeypatch):
+    import longspan_toy.data
+
+    monkeypatch.setattr(longspan_toy.data, "floors", lambda recipe, data: {"zero": {"mse": float("nan")}})
+    with pytest.raises(RunFailed, match="the floor 'zero' has mse nan"):
+        fit("toy/demo", overrides=["trainer.epochs=1"], run_dir="run")
+    assert fit("toy/demo", overrides=["trainer.epochs=1"], run_dir="run", resume=True, floors=False).metrics["test"]
+
+
+def test_settings_of_torch_are_as_before(toy):
+    assert not torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    fit("toy/demo", overrides=["trainer.epochs=1", "trainer.deterministic=true", "trainer.threads=2"], run_dir="run")
+    assert json.loads((toy / "run" / "environment.json").read_text())["threads"] == 2
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == threads
