@@ -28,7 +28,8 @@ def test_the_walk_and_the_command_find_the_same_recipes():
     stray = [path for path in (ROOT / "apps").rglob("*.y*ml") if path not in FILES.values()]
     assert stray == [], "a YAML file that no command can name"
     assert len(FILES) >= 9, "the walk found too few recipes"
-    assert [ref for ref, _, _ in recipes()] == sorted(FILES)
+    # The tests of the glue have an app of their own, which may be there as well.
+    assert [ref for ref, path, _ in recipes() if ROOT / "apps" in path.parents] == sorted(FILES)
     listed = subprocess.run(
         [sys.executable, "-m", "apps", "list", "recipes"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
