@@ -1,0 +1,1 @@
+"""The attention core (`attention`, `backbone`) and the training glue (`training`)."""
