@@ -241,7 +241,7 @@ def test_bad_shapes_say_what_was_expected():
         sliding_window_attention(q[:, :, :3], k, v, window=2)
     with pytest.raises(ValueError, match=r"unknown feature map 'tailor' \(did you mean 'taylor'\?\)"):
         linear_attention(q, k, v, feature_map="tailor")
-    with pytest.raises(ValueError, match="no mass"):
-        linear_attention(q, k, v, feature_map="identity", return_mass=True)
+    with pytest.raises(ValueError, match="no mass without its normaliser"):
+        linear_attention(q, k, v, normalize=False, return_mass=True)
     with pytest.raises(ValueError, match="signed"):
         hybrid_attention(q, k, v, window=2, feature_map="identity")
