@@ -2,15 +2,21 @@
 
 import csv
 import json
+import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from core.training.checkpoint import read_checkpoint
+from core.training.data import eval_loader
 from core.training.errors import UserError
+from core.training.evaluation import run_evaluation
 from core.training.fit import evaluate, fit
+from core.training.interrupt import Stop
 from core.training.predict import predict
+from core.training.randomness import random_state
 from core.training.recipe import load_recipe
 from core.training.run import load_model, load_run
 from core.training.task import Task
@@ -67,8 +73,6 @@ def test_the_best_epoch_with_its_averaged_weights_is_what_counts(run):
     x, y = points(loaded)
     with torch.no_grad():
         mse = float(((loaded.task.model(x) - y) ** 2).mean())
-    # The toy's own figure is what `best_epoch` says; the floor of this check is the run's prediction itself.
-    with torch.no_grad():
         assert torch.equal(load_model(run.run_dir)(x), loaded.task.model(x))
     assert mse < run.metrics["floors"]["zero"]["mse"]
 
@@ -153,6 +157,30 @@ def test_clipping_bounds_the_gradient(toy, monkeypatch):
     norms.clear()
     fit("toy/demo", overrides=["optim.clip_norm=0", "trainer.epochs=1"], run_dir="free", floors=False)
     assert max(norms) > 1
+
+
+def test_evaluation_is_a_pure_function_and_draws_nothing_from_training(run, monkeypatch):
+    from longspan_toy.task import ToyTask
+
+    def compute(self):
+        self.start_evaluation()
+        return {"mse": random.random(), "mae": float(np.random.rand()), "rand": float(torch.rand(()))}
+
+    monkeypatch.setattr(ToyTask, "eval_compute", compute)
+    loaded = load_run(run.run_dir)
+    loader = eval_loader(loaded.app.part("data")(loaded.recipe), "test", batch_size=16)
+    loaded.task.model[0].train()
+    state = random_state()
+    first = run_evaluation(loaded.task, loader, "test", Stop())
+    after = random_state()
+    assert (after["python"], after["numpy"][2]) == (state["python"], state["numpy"][2])
+    assert torch.equal(after["torch"], state["torch"])
+    assert torch.equal(after["numpy"][1], state["numpy"][1])
+    torch.rand(3), random.random(), np.random.rand()
+    assert run_evaluation(loaded.task, loader, "test", Stop()) == first
+    assert len(set(first.values())) == 3
+    assert loaded.task.model[0].training, "the modes of the modules are as before"
+    assert not loaded.task.model[2].training
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
