@@ -104,12 +104,14 @@ class Heads:
 
     query: number of query heads H.   key: number of key/value heads K, dividing H.
     width: D, per-head width of q and k.   value_width: E, per-head width of v.
+    model: C, width of the layer's input, for variants that learn gates from it; None outside of a layer.
     """
 
     query: int
     key: int
     width: int
     value_width: int
+    model: int | None = None
 
     def __post_init__(self):
         if min(self.query, self.key, self.width, self.value_width) < 1:
@@ -123,6 +125,31 @@ class Heads:
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.query // self.key
+
+    def input_width(self, name: str) -> int:
+        """C, for the variant `name`, which cannot do without the layer's input.
+
+        Raises:
+            ValueError: it was built outside of a layer.
+        """
+        if self.model is None:
+            raise ValueError(
+                f"attention {name!r} reads the layer's input: build it by Attention, or give Heads(model=C)"
+            )
+        return self.model
+
+
+class Inputs(NamedTuple):
+    """What a layer knows beside q, k and v, for the variants that look at it.
+
+    x: [B, L, C], the layer's input, from which self-attention's q, k and v were projected.
+    grid: (rows, columns) of an image whose tokens, row by row, are the last rows * columns of the sequence; None: a line.
+    marked: [B, L] bool, True for global tokens; None: none.
+    """
+
+    x: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    marked: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +192,22 @@ class Variant(nn.Module):
         recurrent      a state, so that prefill and step equal one pass over the whole
         mass           the result carries a log mass and can be merged
         dropout        dropout on the attention weights
-    positions: which of "rope", "alibi" it can compose with (ATTENTION, section on positions; docs/attention.md).
+        grid           looks at the image grid, where it is told one
+        global         takes global tokens: seen by all, seeing all
+    An instance may declare less than its class where an option rules something out.
+    positions: which of "rope", "alibi" it can compose with (docs/attention.md).
+    anchor: what its pattern of keys is counted from: "" nothing, padding on either side changes nothing; "start", so
+        padding belongs on the right; "length", so it is applied to whole sequences without padding.
+    growth: how its cost grows with the length: "linear", "log-linear", "root" (L^1.5) or "quadratic".
+    uncompiled: why torch.compile(fullgraph=True) cannot take it; "" where it can.
     """
 
     name: ClassVar[str]
     can: ClassVar[frozenset[str]]
     positions: ClassVar[frozenset[str]] = frozenset()
+    anchor: ClassVar[str] = ""
+    growth: ClassVar[str] = "linear"
+    uncompiled: ClassVar[str] = ""
 
     def __init__(self, heads: Heads):
         super().__init__()
@@ -189,6 +226,7 @@ class Variant(nn.Module):
         dropout: float = 0.0,
         return_mass: bool = False,
         backend: str = "auto",
+        inputs: Inputs = Inputs(),
     ) -> Attended:
         """Attend.
 
@@ -201,6 +239,7 @@ class Variant(nn.Module):
             dropout: probability on the attention weights, 0 in evaluation.
             return_mass: also give the log mass.
             backend: which implementation; "auto" chooses.
+            inputs: the layer's input and what else it knows.
         """
         raise NotImplementedError
 
@@ -209,7 +248,12 @@ class Variant(nn.Module):
         raise NotImplementedError(f"attention {self.name!r} has no decoding state")
 
     def resume(self, q: Tensor, k: Tensor, v: Tensor, state: State, **options) -> tuple[Attended, State]:
-        """Causal attention of new tokens to the state and to each other: prefill, and with L = 1 a step."""
+        """Causal attention of new tokens to the state and to each other: prefill, and with L = 1 a step.
+
+        Args:
+            q, k, v: the new tokens.   state: what came before.
+            **options: key_mask, rotary, slopes, backend and inputs, as in `forward`.
+        """
         raise NotImplementedError(f"attention {self.name!r} has no decoding state")
 
     def cost(

@@ -6,7 +6,8 @@ Every weight outside the variant is the same whichever variant is inside, so swa
 import torch
 from torch import Tensor, nn
 
-from core.attention.contract import Attended, Cost, Heads, State
+from core.attention.contract import Attended, Cost, Heads, Inputs, State
+from core.attention.convolution import ShortConvolution
 from core.attention.packing import attend_packed
 from core.attention.positions import Rotation, alibi_slopes
 from core.attention.registry import available, build, variant_class
@@ -28,6 +29,7 @@ class Attention(nn.Module):
         qk_norm: RMS-normalise queries and keys per head.
         dropout: on the attention weights while training; only for variants that have weights.
         bias: whether projections have one.
+        short_conv: taps of a depth-wise convolution on q, k and v (see `core.attention.convolution`); 0: none.
         backend: "auto" or the implementation to insist on.
         **options: the variant's own; `registry.entry(variant).options` lists them.
 
@@ -53,6 +55,7 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        short_conv: int = 0,
         backend: str = "auto",
         **options,
     ):
@@ -72,8 +75,9 @@ class Attention(nn.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.positions, self.dropout, self.backend = positions, dropout, backend
         width = dim // num_heads
-        self.variant = build(variant, Heads(num_heads, self.num_kv_heads, width, width), **options)
-        self._require("causal" if causal else "bidirectional")
+        self.variant = build(variant, Heads(num_heads, self.num_kv_heads, width, width, dim), **options)
+        if causal or "cross" not in self.variant.can:
+            self._require("causal" if causal else "bidirectional")
         if dropout:
             self._require("dropout")
         if positions is not None and positions.removesuffix("2d") not in self.variant.positions:
@@ -92,6 +96,14 @@ class Attention(nn.Module):
         self.output = nn.Linear(num_heads * width, dim, bias=bias)
         self.query_norm = nn.RMSNorm(width) if qk_norm else None
         self.key_norm = nn.RMSNorm(width) if qk_norm else None
+        if isinstance(short_conv, bool) or short_conv < 0 or short_conv == 1:
+            raise ValueError(f"short_conv is a number of taps, 0 (none) or at least 2, got {short_conv!r}")
+        self.convolutions = None
+        if short_conv:
+            sizes = {"query": num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
+            self.convolutions = nn.ModuleDict(
+                {name: ShortConvolution(heads, width, short_conv, causal) for name, heads in sizes.items()}
+            )
         slopes = alibi_slopes(num_heads) if positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         for layer in (self.query, self.key, self.value, self.output):
@@ -108,6 +120,8 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
         cu_seqlens_context: Tensor | None = None,
         coordinates: Tensor | None = None,
+        global_mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Attend to x itself, or to `context`.
 
@@ -119,6 +133,9 @@ class Attention(nn.Module):
             cu_seqlens_context: the same for `context`.
             coordinates: where each token stands, for rotary positions: [L] or [B, L], with "rope2d" [..., L, 2] rows
                 and columns. Default 0, 1, 2, ...; only differences matter.
+            global_mask: bool [B, L], True for tokens that all see and that see all; for variants that can "global".
+            grid: (rows, columns) of the image whose tokens are the last rows * columns of x; ignored by variants
+                that cannot "grid", to which an image is a line.
 
         Returns:
             [B, L, C].
@@ -130,8 +147,20 @@ class Attention(nn.Module):
         if context is not None:
             self._check(context, "context")
             self._require("cross")
-            if self.positions is not None:
-                raise ValueError(f"positions={self.positions!r} has no meaning between two sequences; build without")
+            if self.positions is not None or self.convolutions is not None:
+                given = f"positions={self.positions!r}" if self.positions is not None else "short_conv"
+                raise ValueError(f"{given} has no meaning between two sequences; build without")
+        else:
+            self._require("causal" if self.causal else "bidirectional")
+        if global_mask is not None:
+            self._require("global")
+            if context is not None or global_mask.dtype != torch.bool or global_mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"global_mask must be bool {list(x.shape[:2])} and goes with self-attention, "
+                    f"got {global_mask.dtype} {list(global_mask.shape)}"
+                )
+        if grid is not None and (cu_seqlens is not None or not 0 < grid[0] * grid[1] <= x.shape[1]):
+            raise ValueError(f"grid={grid} needs that many tokens at the end of every sequence, got x {list(x.shape)}")
         if cu_seqlens is not None and key_mask is not None:
             raise ValueError("give key_mask or cu_seqlens, not both: a pack has no padding")
         if (cu_seqlens_context is not None) != (cu_seqlens is not None and context is not None):
@@ -142,13 +171,15 @@ class Attention(nn.Module):
             coordinates = torch.arange(x.shape[1], device=x.device)
 
         if cu_seqlens is None:
-            return self._merge_heads(self._attend(q, k, v, key_mask, coordinates).out)
+            return self._merge_heads(self._attend(q, k, v, key_mask, coordinates, Inputs(x, grid, global_mask)).out)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, rows: Tensor) -> Attended:
             at = None if coordinates is None else _at(coordinates, rows, self.positions == "rope2d")
-            return self._attend(q, k, v, key_mask, at)
+            marked = None if global_mask is None else global_mask[0][rows] & key_mask
+            return self._attend(q, k, v, key_mask, at, Inputs(x[0][rows], None, marked))
 
-        return self._merge_heads(attend_packed(attend, q, k, v, cu_seqlens, cu_seqlens_context).out)
+        exact = self.variant.anchor == "length"
+        return self._merge_heads(attend_packed(attend, q, k, v, cu_seqlens, cu_seqlens_context, exact=exact).out)
 
     def init_state(self, batch_size: int) -> State:
         """The decoding state before the first token.
@@ -160,7 +191,10 @@ class Attention(nn.Module):
             raise ValueError("a decoding state needs causal=True")
         self._require("recurrent")
         weight = self.value.weight
-        state = self.variant.init_state(batch_size, positions=self.positions, device=weight.device, dtype=weight.dtype)
+        placed = {"device": weight.device, "dtype": weight.dtype}
+        state = self.variant.init_state(batch_size, positions=self.positions, **placed)
+        for name, size in self._reaches().items():
+            state[name] = torch.zeros(batch_size, *size, **placed)
         return {**state, "position": torch.zeros(batch_size, dtype=torch.int64, device=weight.device)}
 
     def prefill(self, x: Tensor, state: State, *, key_mask: Tensor | None = None) -> tuple[Tensor, State]:
@@ -178,11 +212,20 @@ class Attention(nn.Module):
         if self.positions == "rope":
             at = state["position"][:, None] + torch.arange(x.shape[1], device=x.device)
             rotary = (Rotation(at), Rotation(at))
-        inner = {name: tensor for name, tensor in state.items() if name != "position"}
+        outer = {"position": state["position"] + x.shape[1]}
+        q, k, v = self._prepare(q, k, v, key_mask, state, outer)
         attended, inner = self.variant.resume(
-            q, k, v, inner, key_mask=key_mask, rotary=rotary, slopes=self.slopes, backend=self.backend
+            q,
+            k,
+            v,
+            {name: tensor for name, tensor in state.items() if name not in outer},
+            key_mask=key_mask,
+            rotary=rotary,
+            slopes=self.slopes,
+            backend=self.backend,
+            inputs=Inputs(x),
         )
-        return self._merge_heads(attended.out), {**inner, "position": state["position"] + x.shape[1]}
+        return self._merge_heads(attended.out), {**inner, **outer}
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x [B, C] or [B, 1, C] -> (y of the same shape, new state)."""
@@ -204,10 +247,12 @@ class Attention(nn.Module):
         from_context = self.key.weight.numel() + self.value.weight.numel()
         weights = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.variant.parameters())
         recurrent = self.causal and "recurrent" in self.variant.can
+        taps = 0 if self.convolutions is None else sum(p.numel() for p in self.convolutions.parameters())
+        reaches = sum(heads * taken * width for heads, taken, width in self._reaches().values())
         return Cost(
-            flops=inner.flops + 2 * batch * (length * from_x + keys * from_context),
+            flops=inner.flops + 2 * batch * (length * (from_x + taps) + keys * from_context),
             bytes_moved=inner.bytes_moved + size * (2 * batch * (length + keys) * self.dim + weights),
-            state_bytes=inner.state_bytes + 8 * batch if recurrent else 0,
+            state_bytes=inner.state_bytes + batch * (8 + size * reaches) if recurrent else 0,
             parameters=inner.parameters + weights,
         )
 
@@ -216,7 +261,8 @@ class Attention(nn.Module):
         kv = f", kv_heads={self.num_kv_heads}" if self.num_kv_heads != self.num_heads else ""
         return f"{self.variant.name}, dim={self.dim}, heads={self.num_heads}{kv}, causal={self.causal}"
 
-    def _attend(self, q, k, v, key_mask, coordinates) -> Attended:
+    def _attend(self, q, k, v, key_mask, coordinates, inputs: Inputs) -> Attended:
+        q, k, v = self._prepare(q, k, v, key_mask)
         rotary = None
         if coordinates is not None:
             rotation = Rotation(coordinates, planes=2 if self.positions == "rope2d" else 1)
@@ -231,23 +277,42 @@ class Attention(nn.Module):
             slopes=self.slopes,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
+            inputs=inputs,
         )
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         def heads(y: Tensor, number: int) -> Tensor:
             return y.unflatten(-1, (number, -1)).transpose(1, 2)
 
-        q, k, v = (
+        return (
             heads(self.query(x), self.num_heads),
             heads(self.key(context), self.num_kv_heads),
             heads(self.value(context), self.num_kv_heads),
         )
-        if (
-            self.query_norm is not None and self.key_norm is not None
-        ):  # in the precision of its gain, also under autocast
+
+    def _prepare(self, q, k, v, key_mask, state: State | None = None, kept: State | None = None):
+        """Convolution and norm of projected q, k and v; what the convolutions need of `state`, and leave in `kept`."""
+        if self.convolutions is not None:
+            results = []
+            for (name, convolution), y in zip(self.convolutions.items(), (q, k, v)):
+                y, last = convolution(y, key_mask, None if state is None else state[f"{name}_before"])
+                results.append(y)
+                if kept is not None:
+                    kept[f"{name}_before"] = last
+            q, k, v = results
+        if self.query_norm is not None and self.key_norm is not None:
+            # In the precision of its gain, also under autocast.
             q = self.query_norm(q.to(self.query_norm.weight.dtype)).to(v.dtype)
             k = self.key_norm(k.to(self.key_norm.weight.dtype)).to(v.dtype)
         return q, k, v
+
+    def _reaches(self) -> dict[str, tuple[int, int, int]]:
+        """Names and shapes, without the batch, of what the convolutions keep while decoding."""
+        if self.convolutions is None:
+            return {}
+        width = self.dim // self.num_heads
+        sizes = {"query": self.num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
+        return {f"{name}_before": (sizes[name], one.taps - 1, width) for name, one in self.convolutions.items()}
 
     def _merge_heads(self, out: Tensor) -> Tensor:
         return self.output(out.transpose(1, 2).flatten(-2))

@@ -2,8 +2,9 @@
 
     x        a0 a1 a2 | b0 | c0 c1        cu_seqlens = [0, 3, 4, 6]
 
-Sequences are unpacked into a few padded batches, one per power of two of their length, so at most half of the rows are
-padding however ragged the pack is, and any mechanism that honours a key mask serves packs exactly.
+Sequences are unpacked into a few batches padded on the right, one per power of two of their length, so at most half of
+the rows are padding however ragged the pack is, and any mechanism that honours a key mask serves packs exactly. One
+whose pattern depends on the whole length asks for batches without padding.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,14 @@ from core.attention.contract import Attended
 
 
 def attend_packed(
-    attend: Callable[..., Attended], q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, key_offsets: Tensor | None = None
+    attend: Callable[..., Attended],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    key_offsets: Tensor | None = None,
+    *,
+    exact: bool = False,
 ) -> Attended:
     """Run `attend` on every sequence of a pack.
 
@@ -25,7 +33,8 @@ def attend_packed(
             queries (padding repeats a valid row), for whatever is known per row.
         q: [1, H, T, D].   k: [1, K, U, D].   v: [1, K, U, E].
         offsets: [N + 1] integers from 0 to T, never falling; sequence n owns rows offsets[n] to offsets[n + 1].
-        key_offsets: the same for keys, with the same N; None: those of the queries.
+        key_offsets: the same for keys, with the same N; None: those of the queries. Not for causal attention.
+        exact: batch sequences of one length only, so that nothing is padded.
 
     Returns:
         `Attended` in packed form, log mass only where `attend` gives one.
@@ -48,7 +57,8 @@ def attend_packed(
     groups: dict[tuple[int, int], list[int]] = {}
     for n, (length, keys) in enumerate(zip(lengths, key_lengths)):
         if length and keys:
-            groups.setdefault((length.bit_length(), keys.bit_length()), []).append(n)
+            size = (length, keys) if exact else (length.bit_length(), keys.bit_length())
+            groups.setdefault(size, []).append(n)
     parts = []
     for members in groups.values():
         rows, real = _rows([starts[n] for n in members], [lengths[n] for n in members], q.device)
@@ -80,12 +90,11 @@ def _spans(offsets: Tensor, total: int, name: str) -> tuple[list[int], list[int]
 
 
 def _rows(starts: list[int], lengths: list[int], device) -> tuple[Tensor, Tensor]:
-    # Padding stands on the left, so that the last query still meets the last key when their lengths differ.
     longest = max(lengths)
     start = torch.tensor(starts, device=device)[:, None]
     length = torch.tensor(lengths, device=device)[:, None]
-    at = torch.arange(longest, device=device)[None, :] - (longest - length)
-    return start + at.clamp(min=0), at >= 0
+    at = torch.arange(longest, device=device)[None, :].expand(len(starts), -1)
+    return start + torch.minimum(at, length - 1), at < length
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ class Entry:
     module: str = ""
 
 
+LAYER_OPTIONS = {"short_conv": 0}
+"""Options of `Attention` itself that may stand among a variant's: they go with every variant."""
+
 _registered: dict[str, type] = {}
 _entries: dict[str, Entry] = {}
 
@@ -85,8 +88,11 @@ def entry(name: str) -> Entry:
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `name` is a variant and every key of `options` is one of its options."""
-    known = entry(name).options
+    """Raise ValueError unless `name` is a variant and every key of `options` one of its options, or of the layer's."""
+    _check(name, options, {**entry(name).options, **LAYER_OPTIONS})
+
+
+def _check(name: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for option in options:
         if option not in known:
             takes = f"it takes {', '.join(sorted(known))}" if known else "it takes no options"
@@ -115,7 +121,7 @@ def build(name: str, heads: Any, **options: Any) -> Any:
     Raises:
         ValueError: unknown name or option, or a value that the variant refuses.
     """
-    check(name, options)
+    _check(name, options, entry(name).options)
     return variant_class(name)(heads, **options)
 
 

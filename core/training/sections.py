@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
-from core.attention.registry import available, check, entry
+from core.attention.registry import LAYER_OPTIONS, available, check, entry
 
 
 class Section(BaseModel):
@@ -47,7 +47,7 @@ def check_variant(value: dict[str, Any]) -> None:
         raise ValueError(f"variant must be a name, got {name!r}; known: {', '.join(available())}")
     check(name, options)
     for option, given in options.items():
-        default = entry(name).options[option]
+        default = {**entry(name).options, **LAYER_OPTIONS}[option]
         kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}.get(type(default))
         fits = isinstance(given, (int, float) if isinstance(default, float) else type(default))
         if kind and (not fits or (isinstance(given, bool) and not isinstance(default, bool))):

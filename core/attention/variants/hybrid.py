@@ -28,6 +28,7 @@ from core.attention.contract import (
     Attended,
     Cost,
     Heads,
+    Inputs,
     State,
     Variant,
     check_inputs,
@@ -272,6 +273,7 @@ class HybridAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
+        inputs=Inputs(),
     ) -> Attended:
         parts = self._parts(q, slopes, backend)
         return attend(q, k, v, *self.project(q, k), causal=causal, key_mask=key_mask, rotary=rotary, **parts)
@@ -280,7 +282,9 @@ class HybridAttention(Variant):
         features = self.map.width(self.project.width)
         return empty_state(self.heads, features, self.window, batch, positions, device, dtype)
 
-    def resume(self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto"):
+    def resume(
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+    ):
         parts = self._parts(q, slopes, backend)
         tail_q = self.project.queries(q)
         return resume(q, k, v, tail_q, self.project.keys, state, key_mask=key_mask, rotary=rotary, **parts)

@@ -26,6 +26,7 @@ from core.attention.contract import (
     Attended,
     Cost,
     Heads,
+    Inputs,
     State,
     Variant,
     accumulator,
@@ -326,6 +327,7 @@ class LinearAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
+        inputs=Inputs(),
     ) -> Attended:
         q, k = self.project(q, k)
         attended, _ = attend(
@@ -336,7 +338,9 @@ class LinearAttention(Variant):
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         return empty_sum(self.heads, self.map.width(self.project.width), batch, positions, device, dtype)
 
-    def resume(self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto"):
+    def resume(
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+    ):
         q, k = self.project(q, k)
         options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": backend}
         return sums(q, k, v, self.map, "past", 0, state=state, keep=True, **options)

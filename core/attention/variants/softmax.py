@@ -18,6 +18,7 @@ from core.attention.contract import (
     Attended,
     Cost,
     Heads,
+    Inputs,
     State,
     Variant,
     check_inputs,
@@ -163,6 +164,7 @@ class SoftmaxAttention(Variant):
 
     can = frozenset({"causal", "bidirectional", "cross", "recurrent", "mass", "dropout"})
     positions = frozenset({"rope", "alibi"})
+    growth = "quadratic"
 
     def __init__(self, heads: Heads):
         super().__init__(heads)
@@ -180,6 +182,7 @@ class SoftmaxAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
+        inputs=Inputs(),
     ) -> Attended:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
@@ -205,7 +208,9 @@ class SoftmaxAttention(Variant):
             "mask": torch.empty(batch, 0, dtype=torch.bool, device=device),
         }
 
-    def resume(self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto"):
+    def resume(
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+    ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
         if key_mask is None:

@@ -21,6 +21,7 @@ from core.attention.contract import (
     Attended,
     Cost,
     Heads,
+    Inputs,
     State,
     Variant,
     check_inputs,
@@ -133,6 +134,7 @@ class WindowAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
+        inputs=Inputs(),
     ) -> Attended:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
@@ -142,7 +144,9 @@ class WindowAttention(Variant):
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         return empty_ring(self.heads, batch, self.window - 1, device, dtype)
 
-    def resume(self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto"):
+    def resume(
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+    ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
         all_keys = extend_ring(state, k, v, key_mask)
