@@ -143,13 +143,18 @@ class Inputs(NamedTuple):
     """What a layer knows beside q, k and v, for the variants that look at it.
 
     x: [B, L, C], the layer's input, from which self-attention's q, k and v were projected.
-    grid: (rows, columns) of an image whose tokens, row by row, are the last rows * columns of the sequence; None: a line.
+    grid: (rows, columns) of an image whose tokens, row by row, are the last rows * columns of the sequence; None: it
+        is a line.
     marked: [B, L] bool, True for global tokens; None: none.
     """
 
     x: Tensor | None = None
     grid: tuple[int, int] | None = None
     marked: Tensor | None = None
+
+
+NO_INPUTS = Inputs()
+"""Outside of a layer nothing else is known."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,7 @@ class Variant(nn.Module):
         dropout: float = 0.0,
         return_mass: bool = False,
         backend: str = "auto",
-        inputs: Inputs = Inputs(),
+        inputs: Inputs = NO_INPUTS,
     ) -> Attended:
         """Attend.
 

@@ -5,7 +5,8 @@
 Applied by `Attention(short_conv=...)` to queries, keys and values. A masked position counts as 0. The decoding state is
 the last width - 1 inputs.
 
-Source: Poli et al. 2023 (Hyena), arXiv:2302.10866; on q, k and v of linear attention: Yang et al. 2024, arXiv:2412.06464.
+Source:
+    Poli et al. 2023 (Hyena), arXiv:2302.10866; with linear attention: Yang et al. 2024, arXiv:2412.06464
 """
 
 import torch
@@ -42,10 +43,9 @@ class ShortConvolution(nn.Module):
             x = torch.where(mask[:, None, :, None], x, 0.0)
         reach = self.taps - 1
         left = reach if self.causal else reach // 2
-        if before is None:
-            padded = F.pad(x, (0, 0, left, reach - left))
-        else:
-            padded = torch.cat((before.to(x.dtype), x), 2)
+        if before is not None:
+            left, x = 0, torch.cat((before.to(x.dtype), x), 2)
+        padded = F.pad(x, (0, 0, left, reach - left if before is None else 0))
         y = F.conv1d(padded.transpose(2, 3).flatten(1, 2), self.weight.to(x.dtype), groups=self.weight.shape[0])
-        y = F.silu(y.unflatten(1, x.shape[1:2] + x.shape[3:]).transpose(2, 3))
+        y = F.silu(y.unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3))
         return y, padded[:, :, padded.shape[2] - reach :].contiguous()

@@ -2,20 +2,21 @@ r"""Gated recurrences, one chunk of positions at a time, in memory linear in the
 
 A state S [F, E] of keys and values is decayed, written and read at every position t, in this order:
 
-    decay          S <- e^{g_t} S + k_t v_t^T                                  g_t a number         (retention, SSD, mLSTM)
-    vector_decay   S <- Diag(e^{g_t}) S + k_t v_t^T                            g_t [F]              (GLA, RWKV-6)
-    delta          S <- e^{g_t} (I - beta_t k_t k_t^T) S + beta_t k_t v_t^T    g_t a number         (delta, gated delta)
-    vector_delta   S <- (I - beta_t k_t k_t^T) Diag(e^{g_t}) S + beta_t k_t v_t^T                   (Kimi delta)
+    decay          S <- e^{g_t} S + k_t v_t^T                                      retention, SSD, mLSTM
+    vector_decay   S <- Diag(e^{g_t}) S + k_t v_t^T                                GLA, RWKV-6
+    delta          S <- e^{g_t} (I - beta_t k_t k_t^T) S + beta_t k_t v_t^T        delta, gated delta
+    vector_delta   S <- (I - beta_t k_t k_t^T) Diag(e^{g_t}) S + beta_t k_t v_t^T  Kimi delta
     o_t = S^T q_t
 
-Each is written once below as what a chunk does to the state it finds; with b the inclusive running sum of g in the chunk,
+with g_t <= 0 a number, or [F] in the vector kinds. Each is written once below, as what a chunk does to the state it
+finds. With b the inclusive running sum of g in the chunk,
 
     A_ij = sum_f q_if k_jf e^{b_if - b_jf}  (j <= i),    O = (Q e^b) S + A X,    S <- e^{b_C} S + (K e^{b_C - b})^T X
 
-where X = V without beta, and with it X solves (I + strictly lower part of beta K K^T e^{b - b'}) X = beta (V - (K e^b) S).
-Every exponent is <= 0: e^{-b} alone would overflow float32 after a few strong gates. A vector gate does not factor
-into one product without it, so A is built from sub-blocks of 16 rows, anchored at their first row, and the diagonal
-ones element by element.
+where X = V without beta; with it, X solves (I + N) X = beta (V - (K e^b) S), N being beta times the part of A below the
+diagonal with keys in place of queries. Every exponent is <= 0: e^{-b} alone would overflow float32 after a few strong
+gates. A vector gate does not factor into one product without it, so A is built from sub-blocks of 16 rows, anchored at
+their first row, and the diagonal ones element by element.
 
 The backward goes through the chunks in reverse from the states kept at their borders, and differentiates the same
 functions, so that each formula stands here once. g = 0 means exactly no decay.
@@ -138,7 +139,7 @@ def _spans(kind: str, length: int) -> list[tuple[int, int]]:
 
 
 def _items(kind: str, inputs: Sequence[Tensor]):
-    q, k, v = inputs[:3]
+    q, _, v = inputs[:3]
     rows = min(q.shape[3], CHUNK[kind])
     widest = max(rows, v.shape[-1], q.shape[-1] * (ROWS if kind.startswith("vector") else 1))
     return batches(q.shape[0], q.shape[1] * q.shape[2] * rows * widest, q.device)

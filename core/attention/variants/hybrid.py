@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from core.attention.backends import implementation, resolve
 from core.attention.contract import (
+    NO_INPUTS,
     Attended,
     Cost,
     Heads,
-    Inputs,
     State,
     Variant,
     check_inputs,
@@ -273,7 +273,7 @@ class HybridAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
-        inputs=Inputs(),
+        inputs=NO_INPUTS,
     ) -> Attended:
         parts = self._parts(q, slopes, backend)
         return attend(q, k, v, *self.project(q, k), causal=causal, key_mask=key_mask, rotary=rotary, **parts)
@@ -283,7 +283,7 @@ class HybridAttention(Variant):
         return empty_state(self.heads, features, self.window, batch, positions, device, dtype)
 
     def resume(
-        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         parts = self._parts(q, slopes, backend)
         tail_q = self.project.queries(q)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.linear import CHUNK, least_denominator, linear_forward
 from core.attention.contract import (
+    NO_INPUTS,
     Attended,
     Cost,
     Heads,
-    Inputs,
     State,
     Variant,
     accumulator,
@@ -327,7 +327,7 @@ class LinearAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
-        inputs=Inputs(),
+        inputs=NO_INPUTS,
     ) -> Attended:
         q, k = self.project(q, k)
         attended, _ = attend(
@@ -339,7 +339,7 @@ class LinearAttention(Variant):
         return empty_sum(self.heads, self.map.width(self.project.width), batch, positions, device, dtype)
 
     def resume(
-        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         q, k = self.project(q, k)
         options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": backend}

@@ -15,10 +15,10 @@ from torch import Tensor
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.softmax import softmax_forward
 from core.attention.contract import (
+    NO_INPUTS,
     Attended,
     Cost,
     Heads,
-    Inputs,
     State,
     Variant,
     check_inputs,
@@ -182,7 +182,7 @@ class SoftmaxAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
-        inputs=Inputs(),
+        inputs=NO_INPUTS,
     ) -> Attended:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
@@ -209,7 +209,7 @@ class SoftmaxAttention(Variant):
         }
 
     def resume(
-        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)

@@ -18,10 +18,10 @@ from torch import Tensor
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.window import window_forward
 from core.attention.contract import (
+    NO_INPUTS,
     Attended,
     Cost,
     Heads,
-    Inputs,
     State,
     Variant,
     check_inputs,
@@ -134,7 +134,7 @@ class WindowAttention(Variant):
         dropout=0.0,
         return_mass=False,
         backend="auto",
-        inputs=Inputs(),
+        inputs=NO_INPUTS,
     ) -> Attended:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
@@ -145,7 +145,7 @@ class WindowAttention(Variant):
         return empty_ring(self.heads, batch, self.window - 1, device, dtype)
 
     def resume(
-        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=Inputs()
+        self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)

@@ -269,7 +269,7 @@ def test_cross_attention_masks_the_context_and_packs(name):
 @pytest.mark.parametrize("name", [name for name in available() if "cross" not in variant_class(name).can])
 def test_what_cannot_cross_says_who_can(name):
     causal = "bidirectional" not in variant_class(name).can
-    with pytest.raises(ValueError, match="cannot do 'cross'; .*linear, .*softmax can"):
+    with pytest.raises(ValueError, match=r"cannot do 'cross'; .*linear, .*softmax can"):
         Attention(32, 4, name, causal=causal, **options(name))(torch.zeros(1, 4, 32), torch.zeros(1, 6, 32))
 
 
