@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.export import Dim, export
 
 from core.attention import Attention, available
-from core.attention.contract import state_bytes
-from core.attention.registry import entry, variant_class
+from core.attention.contract import Heads, Inputs, state_bytes
+from core.attention.registry import build, entry, variant_class
 
 SMALL = {
     "window": 3,
@@ -25,7 +25,7 @@ SMALL = {
 }
 """Options that make blocks and rings small enough to be crossed, where a variant has them."""
 
-CHOICES = {"feature_map": ("elu", "relu", "taylor")}
+CHOICES = {"feature_map": ("elu", "relu", "taylor"), "score": ("dot", "general", "concat")}
 """Options whose every value is tested with everything else."""
 
 
@@ -39,8 +39,9 @@ def builds() -> list:
     for name in available():
         kept = [option for option in CHOICES if option in entry(name).options]
         for values in itertools.product(*(CHOICES[option] for option in kept)):
-            for positions in (None, *sorted(variant_class(name).positions)):
-                more = dict(zip(kept, values))
+            more = dict(zip(kept, values))
+            variant = build(name, Heads(4, 2, 8, 8, 32), **options(name, **more))
+            for positions in (None, *sorted(variant.positions)):
                 found.append(pytest.param(name, more, positions, id="-".join(filter(None, (name, *values, positions)))))
     return found
 
@@ -69,7 +70,7 @@ NAMES = [
 def layer(name, more, positions, *, causal, dtype=torch.float64, **given) -> Attention:
     torch.manual_seed(1)
     arguments = {"num_kv_heads": 2, "causal": causal, "positions": positions, **options(name, **more), **given}
-    return Attention(32, 4, name, **arguments).to(dtype)
+    return Attention(32, 4, name, **arguments).to(dtype).eval()
 
 
 def test_there_are_variants_to_test():
@@ -293,9 +294,6 @@ def test_autocast_trains_with_float32_states(name, dtype, causal):
 
 @pytest.mark.parametrize(("name", "causal"), NAMES)
 def test_strided_inputs_and_repeats_give_the_same_bits(name, causal):
-    from core.attention.contract import Heads, Inputs
-    from core.attention.registry import build
-
     variant = build(name, Heads(4, 4, 8, 8, 32), **options(name)).eval()
     given = {"causal": causal, "inputs": Inputs(torch.randn(2, 70, 32))}
     q, k, v = (torch.randn(2, 70, 4, 8).transpose(1, 2) for _ in range(3))
