@@ -18,9 +18,11 @@ SMALL = {
     "features": 6,
     "block": 4,
     "stride": 2,
+    "summary": 1,
+    "dilation": 3,
     "segment": 5,
     "rank": 5,
-    "max_length": 256,
+    "max_length": 4096,
     "hidden": 6,
 }
 """Options that make blocks and rings small enough to be crossed, where a variant has them."""
@@ -41,8 +43,10 @@ def builds() -> list:
         for values in itertools.product(*(CHOICES[option] for option in kept)):
             more = dict(zip(kept, values))
             variant = build(name, Heads(4, 2, 8, 8, 32), **options(name, **more))
-            for positions in (None, *sorted(variant.positions)):
-                found.append(pytest.param(name, more, positions, id="-".join(filter(None, (name, *values, positions)))))
+            found += [
+                pytest.param(name, more, positions, id="-".join(filter(None, (name, *values, positions))))
+                for positions in (None, *sorted(variant.positions))
+            ]
     return found
 
 
