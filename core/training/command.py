@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.attention.registry import available, entry, nearest
+from core.layout import PRESETS
 from core.training.app import apps
 from core.training.arguments import LISTS, VERBS, build_parser
 from core.training.errors import Interrupted, RunFailed, UserError
@@ -94,7 +95,8 @@ def _variant_rows() -> list[tuple[str, str]]:
     for name in available():
         options = ", ".join(f"{option}={default}" for option, default in entry(name).options.items())
         rows.append((name, entry(name).summary + (f" ({options})" if options else "")))
-    return rows
+    layouts = [(name, f"{preset.summary}; {preset.word(8)}") for name, preset in PRESETS.items()]
+    return [*rows, ("", ""), ("layouts", "patterns of layers, chosen like a variant: attention=based"), *layouts]
 
 
 def _app_rows() -> list[tuple[str, str]]:

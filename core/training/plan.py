@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from core.attention.registry import available, entry, nearest
+from core.layout import PRESETS
 from core.training.app import get_app
 from core.training.errors import UserError
 from core.training.ledger import Plan
@@ -61,7 +62,14 @@ def make_plan(
             label: load_recipe(recipe_ref, [*overrides, *setting, *attention_overrides(label), f"seed={chosen[0]}"])
             for label in labels
         }
-        config, attentions = _same_butattention_overrides(resolved)
+        before = attentions
+        config, attentions = _same_but_attention(resolved)
+        for label in before:
+            if before[label] != attentions[label]:
+                raise UserError(
+                    f"{label!r} does not mean the same layers in every setting ({before[label].get('layout')} and "
+                    f"{attentions[label].get('layout')}); compare one of these settings at a time"
+                )
         configs.append(config)
     app = get_app(configs[0]["app"])
     return Plan(
@@ -111,10 +119,10 @@ def _labels(variants: Sequence[str]) -> list[str]:
         )
     for i, label in enumerate(labels):
         name = label.partition(":")[0]
-        if name != OWN and name not in available():
+        if name != OWN and name not in available() and name not in PRESETS:
             raise UserError(
-                f"unknown attention {name!r}{nearest(name, available())}; known: {', '.join(available())}, "
-                f"and {OWN!r} for the recipe's own"
+                f"unknown attention {name!r}{nearest(name, (*available(), *PRESETS))}; "
+                f"known: {', '.join((*available(), *PRESETS))}, and {OWN!r} for the recipe's own"
             )
         if label in labels[:i]:
             raise UserError(f"the variant {label!r} is there twice")
@@ -149,7 +157,7 @@ def flow(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
 
 
-def _same_butattention_overrides(recipes: dict[str, Recipe]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _same_but_attention(recipes: dict[str, Recipe]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The part that all recipes share, and each one's attention; UserError where anything else differs."""
     attentions: dict[str, dict[str, Any]] = {}
     shared: dict[str, Any] = {}

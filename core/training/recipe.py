@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from core.attention.registry import available, entry, nearest
-from core.layout import expand_layout
+from core.layout import expand_layout, spell_out
 from core.training.app import App, apps, get_app
 from core.training.errors import UserError
 from core.training.recipe_files import find_recipe, recipes
@@ -43,7 +43,7 @@ class Recipe(Section):
     app: str
     """Which app the recipe is for."""
     attention: AttentionSection = Field(default_factory=lambda: {"variant": "softmax"})
-    """The variant with its options, or a mapping from the letters of backbone.layout to variants."""
+    """The variant with its options, a mapping from the letters of backbone.layout to variants, or a named layout."""
     backbone: BackboneSection = Field(default_factory=BackboneSection)
     """The stack of blocks around the attention."""
     data: Section = Field(default_factory=Section)
@@ -66,7 +66,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Self:
-        expand_layout(self.attention, self.backbone.layout, self.backbone.depth)
+        # Spelled out here, so that a run's recipe says what it was trained with, whatever a name means later.
+        self.attention, word = spell_out(self.attention, self.backbone.layout, self.backbone.depth)
+        if word != self.backbone.layout:
+            self.backbone = self.backbone.model_copy(update={"layout": word})
+        expand_layout(self.attention, word, self.backbone.depth)
         return self
 
 

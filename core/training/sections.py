@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
 from core.attention.registry import LAYER_OPTIONS, available, check, entry
+from core.layout import PRESETS, check_name, is_preset, spell_out
 
 
 class Section(BaseModel):
@@ -23,7 +24,7 @@ class Section(BaseModel):
 
 
 def canonical_attention(value: Any) -> dict[str, Any]:
-    """The long form of an `attention` value: {"variant": name, **options}, or such a mapping per layout letter.
+    """The long form of an `attention` value: {"variant": name, **options}, such a mapping per letter, or a preset.
 
     Raises:
         ValueError: unknown variant or option, or an option of another type than its default.
@@ -32,6 +33,11 @@ def canonical_attention(value: Any) -> dict[str, Any]:
         value = {"variant": value}
     if not isinstance(value, dict):
         raise ValueError(f"must be a variant's name or a mapping with the key 'variant', got {value!r}")
+    if str(value.get("variant")) in PRESETS:
+        value = {"layout": value["variant"], **{key: given for key, given in value.items() if key != "variant"}}
+    if is_preset(value):
+        spell_out(value, None, 1)  # only checked here: the word depends on the depth, which `Recipe` knows
+        return dict(value)
     if "variant" in value:
         check_variant(value)
         return dict(value)
@@ -45,6 +51,7 @@ def check_variant(value: dict[str, Any]) -> None:
     name, options = value["variant"], {key: v for key, v in value.items() if key != "variant"}
     if not isinstance(name, str):
         raise ValueError(f"variant must be a name, got {name!r}; known: {', '.join(available())}")
+    check_name(name)
     check(name, options)
     for option, given in options.items():
         default = {**entry(name).options, **LAYER_OPTIONS}[option]
@@ -61,17 +68,25 @@ class _AttentionSchema:
 
     def __get_pydantic_json_schema__(self, _core: Any, _handler: GetJsonSchemaHandler) -> dict[str, Any]:
         names = {"type": "string", "enum": list(available())}
+        presets = {"type": "string", "enum": list(PRESETS)}
         one = {"type": "object", "required": ["variant"], "properties": {"variant": names}}
+        preset = {
+            "type": "object",
+            "required": ["layout"],
+            "properties": {"layout": presets},
+            "additionalProperties": False,
+        }
         letters = {
             "type": "object",
             "propertyNames": {"pattern": "^.$"},
             "additionalProperties": {"anyOf": [names, one]},
         }
-        return {"anyOf": [names, one, letters]}
+        return {"anyOf": [names, presets, one, preset, letters]}
 
 
 AttentionSection = Annotated[dict[str, Any], BeforeValidator(canonical_attention), _AttentionSchema()]
-"""{"variant": name, **options}, or a mapping from layout letters to such; a bare name is the short form."""
+"""{"variant": name, **options}, a mapping from layout letters to such, or {"layout": preset}; a bare name is the short
+form."""
 
 
 class BackboneSection(Section):

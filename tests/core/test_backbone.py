@@ -22,7 +22,7 @@ def test_a_layout_word_is_repeated_over_the_depth():
 @pytest.mark.parametrize(
     ("attention", "layout", "message"),
     [
-        ({}, "lx", "letter 'x' has no meaning; known letters: h, l, s, w"),
+        ({}, "lx", "letter 'x' has no meaning; known letters: b, d, g, h, l, m, n, s, w"),
         ({"s": {"variant": "softmax"}}, None, "given per letter"),
         ({"variant": "linear"}, "ls", "mixes variants by letter"),
         ({"s": {"variant": "softmax"}}, "l", "does not use the letter 's'"),

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from core.attention.registry import available
+from core.layout import PRESETS
 from core.training.arguments import VERBS
 from core.training.command import main
 from core.training.recipe import load_recipe
@@ -23,7 +24,9 @@ def test_lists(toy, capsys):
     assert "toy/demo  " in told(capsys, "list")
     assert told(capsys, "list", "recipes") == told(capsys, "list")
     lines = told(capsys, "list", "variants").splitlines()
-    assert [line.split()[0] for line in lines] == list(available())
+    names = [line.split()[0] for line in lines if line]
+    assert names == [*available(), "layouts", *PRESETS]
+    assert any(line.startswith("sandwich") and line.endswith("; slllllls") for line in lines)
     assert any(line.startswith("window") and "window=64" in line for line in lines)
     assert "toy         a line through generated points (metric: mse, lower is better)" in told(capsys, "list", "apps")
     assert "toy/demo" in told(capsys, "list", "data")

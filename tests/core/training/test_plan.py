@@ -77,6 +77,15 @@ def test_anything_but_the_attention_that_differs_is_refused(monkeypatch):
         request()
 
 
+def test_a_layout_takes_part_like_a_variant_and_is_spelled_out():
+    plan = request(variants=["softmax", "sandwich"], overrides=["backbone.depth=4"])
+    assert plan.variants["sandwich"]["layout"] == "slls"
+    assert plan.variants["sandwich"]["l"]["variant"] == "linear"
+    with pytest.raises(UserError, match=r"'sandwich' does not mean the same layers in every setting \(ss and slls\)"):
+        request(variants=["softmax", "sandwich"], grid=["backbone.depth=2,4"])
+    assert request(variants=["softmax", "based"], grid=["backbone.depth=2,4"]).variants["based"]["layout"] == "lw"
+
+
 def test_the_recipes_own_attention_may_take_part(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(
@@ -92,6 +101,8 @@ def test_the_recipes_own_attention_may_take_part(tmp_path):
     ("changes", "says"),
     [
         ({"variants": ["softmax", "linaer"]}, r"unknown attention 'linaer' \(did you mean 'linear'\?\)"),
+        ({"variants": ["sandwhich"]}, r"unknown attention 'sandwhich' \(did you mean 'sandwich'\?\)"),
+        ({"variants": ["based:window=3"]}, r"layout 'based' takes no options, got 'window'"),
         ({"variants": []}, "name the variants to compare"),
         ({"variants": ["softmax", "softmax"]}, "'softmax' is there twice"),
         ({"variants": ["window:window"]}, "must have the form name:option=value|must have the form name or"),

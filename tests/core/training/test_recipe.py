@@ -56,6 +56,21 @@ def test_one_variant_for_all_layers_drops_the_layout(toy):
     assert recipe.backbone.layout is None
 
 
+@pytest.mark.parametrize("value", ["sandwich", {"layout": "sandwich"}])
+def test_a_named_layout_is_spelled_out_for_the_depth(value, toy):
+    values = {"app": "toy", "attention": value, "backbone": {"depth": 4}}
+    recipe = build_recipe(values)
+    assert recipe.backbone.layout == "slls"
+    assert recipe.attention == {"s": {"variant": "softmax"}, "l": {"variant": "linear"}}
+    (toy / "copy.yaml").write_text(dump(recipe))
+    assert load_recipe("copy.yaml").model_dump() == recipe.model_dump()
+    jsonschema.validate(values, schema("toy"))
+    for overrides in (["attention=based"], ["attention={layout: based}"]):
+        based = build_recipe(values, overrides)
+        assert (based.backbone.layout, based.attention["w"]["window"]) == ("lw", 64)
+        assert build_recipe(based.model_dump(mode="json"), ["attention=linear"]).backbone.layout is None
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
