@@ -208,8 +208,8 @@ class Variant(nn.Module):
     """
 
     name: ClassVar[str]
-    can: ClassVar[frozenset[str]]
-    positions: ClassVar[frozenset[str]] = frozenset()
+    can: frozenset[str]
+    positions: frozenset[str] = frozenset()
     anchor: ClassVar[str] = ""
     growth: ClassVar[str] = "linear"
     uncompiled: ClassVar[str] = ""

@@ -30,9 +30,16 @@ SMALL = {
 CHOICES = {"feature_map": ("elu", "relu", "taylor"), "score": ("dot", "general", "concat")}
 """Options whose every value is tested with everything else."""
 
+MAPS = ("cosine", "dpfp", "elu", "favor", "favor_relu", "focused", "hedgehog", "relu", "t2r", "taylor")
+CHOICES_OF = {("linear", "feature_map"): MAPS, ("hybrid", "feature_map"): MAPS}
+"""The same for one variant."""
+
 
 def options(name: str, **more) -> dict:
-    return {**{key: SMALL[key] for key in entry(name).options if key in SMALL}, **more}
+    given = {**{key: SMALL[key] for key in entry(name).options if key in SMALL}, **more}
+    if "feature_map" in entry(name).options and given.get("feature_map") not in ("favor", "favor_relu", "t2r"):
+        given.pop("features", None)  # how many there are is for these maps to choose
+    return given
 
 
 def builds() -> list:
@@ -40,7 +47,7 @@ def builds() -> list:
     found = []
     for name in available():
         kept = [option for option in CHOICES if option in entry(name).options]
-        for values in itertools.product(*(CHOICES[option] for option in kept)):
+        for values in itertools.product(*(CHOICES_OF.get((name, option), CHOICES[option]) for option in kept)):
             more = dict(zip(kept, values))
             variant = build(name, Heads(4, 2, 8, 8, 32), **options(name, **more))
             found += [
