@@ -1,0 +1,173 @@
+"""Sparse patterns against masks that are written down pair by pair: outputs, masses, gradients, precisions, costs."""
+
+import math
+
+import pytest
+import torch
+
+from core.attention.contract import Heads
+from core.attention.registry import build
+
+
+def dilated(window, dilation):
+    return lambda i, j: (i - j) % dilation == 0 and abs(i - j) < window * dilation
+
+
+def strided(stride):
+    return lambda i, j: abs(i - j) < stride or (i - j) % stride == 0
+
+
+def fixed(stride, summary):
+    return lambda i, j: i // stride == j // stride or j % stride >= stride - summary
+
+
+PATTERNS = [
+    ("dilated", {"window": 3, "dilation": 2}, dilated(3, 2)),
+    ("dilated", {"window": 1, "dilation": 4}, dilated(1, 4)),
+    ("dilated", {"window": 2, "dilation": 1}, dilated(2, 1)),
+    ("dilated", {"window": 9, "dilation": 30}, dilated(9, 30)),
+    ("strided", {"stride": 1}, strided(1)),
+    ("strided", {"stride": 3}, strided(3)),
+    ("strided", {"stride": 40}, strided(40)),
+    ("fixed", {"stride": 4, "summary": 1}, fixed(4, 1)),
+    ("fixed", {"stride": 5, "summary": 3}, fixed(5, 3)),
+    ("fixed", {"stride": 3, "summary": 3}, fixed(3, 3)),
+    ("fixed", {"stride": 40, "summary": 2}, fixed(40, 2)),
+]
+CASES = [pytest.param(*one, id=f"{one[0]}-{'-'.join(map(str, one[1].values()))}") for one in PATTERNS]
+
+
+def dense(sees, length, keys, causal):
+    """The mask [L, M] by the letter; the last query stands at the last key."""
+    at = range(keys - length, keys)
+    return torch.tensor([[bool(sees(i, j)) and (j <= i or not causal) for j in range(keys)] for i in at])
+
+
+def by_mask(q, k, v, seen, slopes=None):
+    """(out, log_mass) of softmax over `seen` [B, 1 or H, L, M] in float64."""
+    length, keys = q.shape[2], k.shape[2]
+    group = q.shape[1] // k.shape[1]
+    k, v = (torch.stack([x[:, h // group] for h in range(q.shape[1])], 1) for x in (k, v))
+    s = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
+    if slopes is not None:
+        distance = torch.arange(keys - length, keys)[:, None] - torch.arange(keys)
+        s = s - slopes[:, None, None] * distance.abs()
+    weights = s.exp() * seen
+    total = weights.sum(-1)
+    safe = torch.where(total > 0, total, 1.0)
+    return (weights / safe[..., None]) @ v, torch.where(total > 0, safe.log(), -math.inf)
+
+
+def tensors(length, keys=None, *, batch=2, heads=4, key_heads=2, width=4, values=3):
+    keys = length if keys is None else keys
+    sizes = (batch, heads, length, width), (batch, key_heads, keys, width), (batch, key_heads, keys, values)
+    return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def agree(got, want, inputs):
+    """Outputs, masses and gradients of both."""
+    seen = torch.isfinite(want[1])
+    assert seen.any()
+    assert torch.equal(torch.isfinite(got[1]), seen)
+    assert (got[1][~seen] == -math.inf).all()
+    assert (got[0].transpose(1, 2)[~seen.transpose(1, 2)] == 0).all()
+    torch.testing.assert_close(got[0], want[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got[1][seen], want[1][seen], rtol=1e-9, atol=1e-11)
+    mine, theirs = (torch.autograd.grad(o.sin().sum() + m[seen].cos().sum(), inputs) for o, m in (got, want))
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "options", "sees"), CASES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_softmax_under_the_mask(name, options, sees, causal, masked):
+    variant = build(name, Heads(4, 2, 4, 3), **options)
+    for length, keys in ((1, 1), (13, 13), (24, 24), *([(1, 14), (6, 17), (2, 3)] if causal else [])):
+        q, k, v = tensors(length, keys)
+        mask = torch.rand(2, keys) > 0.4 if masked else None
+        if mask is not None:
+            mask[0, 0] = True
+        seen = dense(sees, length, keys, causal) & (True if mask is None else mask[:, None, None, :])
+        if seen.any():
+            agree(variant(q, k, v, causal=causal, key_mask=mask), by_mask(q, k, v, seen), (q, k, v))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_alibi_counts_positions_not_steps_of_the_dilation(causal):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
+    q, k, v = tensors(19)
+    got = build("dilated", Heads(4, 2, 4, 3), window=3, dilation=4)(q, k, v, causal=causal, slopes=slopes)
+    agree(got, by_mask(q, k, v, dense(dilated(3, 4), 19, 19, causal), slopes), (q, k, v))
+
+
+@pytest.mark.parametrize(("name", "options", "sees"), CASES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_cost_counts_the_visible_pairs(name, options, sees, causal):
+    variant = build(name, Heads(4, 2, 4, 3), **options)
+    for length in (1, 13, 30, 47):
+        pairs = int(dense(sees, length, length, causal).sum())
+        assert variant.cost(2, length, causal=causal).flops == 2 * 2 * 4 * pairs * (4 + 3)
+
+
+def within_twice_the_plain_error(variant, length, dtype, scale, **given):
+    """Forward error at most twice, gradient error at most three times that of the dense formula in the same dtype."""
+    h = variant.heads
+    exact = tensors(length, heads=h.query, key_heads=h.key, width=h.width, values=h.value_width)
+    exact = [(x.detach() * scale).to(dtype).double().requires_grad_() for x in exact]
+    tiny = 1e-5 * max(1.0, scale)
+
+    def run(kind, backend):
+        given_x = [x.detach().to(kind).requires_grad_() for x in exact]
+        out = variant.to(kind)(*given_x, backend=backend, **given).out
+        assert out.dtype == kind
+        loss = out.double().square().sum()
+        grads = torch.autograd.grad(loss, given_x, materialize_grads=True)
+        return [x.double() for x in (out, *grads)]
+
+    wanted, plain, got = run(torch.float64, "reference"), run(dtype, "reference"), run(dtype, "torch")
+    for a, b, truth, factor in zip(got, plain, wanted, (2, 3, 3, 3), strict=True):
+        limit = factor * (b - truth).abs().nan_to_num(nan=math.inf).max() + tiny * (1 + truth.abs().max())
+        error = (a - truth).abs().max()
+        assert error <= limit, f"error {error:.2e}, the plain formula's bound is {limit:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1, 10])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dilated", {"window": 9, "dilation": 4}), ("strided", {"stride": 16}), ("fixed", {"stride": 16, "summary": 4})],
+)
+def test_errors_stay_near_those_of_the_dense_formula(name, options, dtype, scale):
+    variant = build(name, Heads(4, 2, 16, 8, 64), **options)
+    within_twice_the_plain_error(variant, 150, dtype, scale, causal=True)
+
+
+def test_dilation_one_is_the_window_and_a_long_stride_is_softmax():
+    q, k, v = (x.detach() for x in tensors(30))
+    for causal in (False, True):
+        one = build("dilated", Heads(4, 2, 4, 3), window=5, dilation=1)(q, k, v, causal=causal)
+        torch.testing.assert_close(one, build("window", Heads(4, 2, 4, 3), window=5)(q, k, v, causal=causal))
+        full = build("softmax", Heads(4, 2, 4, 3))(q, k, v, causal=causal, return_mass=True)
+        for name, options in (("strided", {"stride": 30}), ("fixed", {"stride": 7, "summary": 7})):
+            torch.testing.assert_close(build(name, Heads(4, 2, 4, 3), **options)(q, k, v, causal=causal), full)
+
+
+def test_bad_options_name_what_is_valid():
+    heads = Heads(4, 2, 4, 3, 16)
+    for name, options, text in [
+        ("dilated", {"window": 0}, r"window must be a whole number of at least 1"),
+        ("dilated", {"dilation": 0}, r"dilation must be a whole number of at least 1 \(1 = a plain window\), got 0"),
+        ("strided", {"stride": 1.5}, r"stride must be a whole number of at least 1, got 1.5"),
+        ("fixed", {"stride": 4, "summary": 5}, r"summary must be from 1 to the stride 4, got 5"),
+        ("fixed", {"stride": 4, "summary": 0}, r"summary must be a whole number of at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            build(name, heads, **options)
+    q, k, v = tensors(5, 7)
+    with pytest.raises(ValueError, match=r"needs as many queries as keys .*got L=5, M=7"):
+        build("dilated", heads)(q, k, v)
+    with pytest.raises(ValueError, match=r"strided attention needs L = M, got L=5, M=7"):
+        build("strided", heads)(q, k, v)
+    with pytest.raises(ValueError, match=r"fixed attention needs L <= M, got L=7, M=5"):
+        build("fixed", heads)(*tensors(7, 5), causal=True)
