@@ -20,6 +20,8 @@ from core.layout import expand_layout
 
 INPUT_POSITIONS = ("sinusoidal", "learned")
 POSITIONS = (*INPUT_POSITIONS, "rope", "rope2d", "alibi")
+CONTEXT = "context_"
+"""What a block's state holds for cross-attention has names that start so."""
 
 
 class MLP(nn.Sequential):
@@ -83,16 +85,35 @@ class Block(nn.Module):
         y = self.attention(self.attention_norm(x), key_mask=key_mask, cu_seqlens=cu_seqlens, coordinates=coordinates)
         return self._rest(x + self.drop(y), context, context_mask)
 
+    def remember(self, context: Tensor, context_mask: Tensor | None = None) -> State:
+        """What cross-attention needs of a context [B, M, C], to join the block's state."""
+        if self.cross is None:
+            raise ValueError("this block has no cross-attention to remember a context for")
+        kept = self.cross.remember(context, key_mask=context_mask)
+        return {f"{CONTEXT}{name}": tensor for name, tensor in kept.items()}
+
     def prefill(self, x: Tensor, state: State, context: Tensor | None = None, context_mask: Tensor | None = None):
         """Causal continuation of x [B, L, C] from `state`; gives (y, new state)."""
-        y, state = self.attention.prefill(self.attention_norm(x), state)
-        return self._rest(x + self.drop(y), context, context_mask), state
+        kept = {name: tensor for name, tensor in state.items() if name.startswith(CONTEXT)}
+        y, new = self.attention.prefill(
+            self.attention_norm(x), {name: tensor for name, tensor in state.items() if name not in kept}
+        )
+        return self._rest(x + self.drop(y), context, context_mask, kept), {**new, **kept}
 
-    def _rest(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
+    def _rest(
+        self, x: Tensor, context: Tensor | None, context_mask: Tensor | None, kept: State | None = None
+    ) -> Tensor:
         if self.cross is not None and self.cross_norm is not None:
-            if context is None:
+            if context is None and not kept:
                 raise ValueError("this block has cross-attention and needs a context [B, M, C]")
-            x = x + self.drop(self.cross(self.cross_norm(x), context, key_mask=context_mask))
+            if context is not None and kept:
+                raise ValueError("give the context to init_state or to each call, not both")
+            y = self.cross_norm(x)
+            if context is None:
+                y = self.cross.recall(y, {name.removeprefix(CONTEXT): tensor for name, tensor in (kept or {}).items()})
+            else:
+                y = self.cross(y, context, key_mask=context_mask)
+            x = x + self.drop(y)
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
@@ -339,3 +360,20 @@ class Decoder(_Stack):
     ) -> Tensor:
         """Decode x [B, L, C] given context [B, M, C]; masks are True where a token is real."""
         return self._run(self._place(x, key_mask, None), context, key_mask=key_mask, context_mask=context_mask)
+
+    def init_state(
+        self, batch_size: int, context: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> list[State]:
+        """One decoding state per layer.
+
+        Args:
+            batch_size: B.
+            context: [B, M, C], read once here so that `prefill` and `step` need it no more; with linear self- and
+                cross-attention every step then costs the same, whatever M and the position. None: it is given to each
+                call, which projects it anew.
+            context_mask: bool [B, M], True where a token is real.
+        """
+        states = super().init_state(batch_size)
+        if context is None:
+            return states
+        return [{**state, **block.remember(context, context_mask)} for block, state in zip(self, states)]

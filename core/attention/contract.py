@@ -188,7 +188,8 @@ State = dict[str, Tensor]
 class Variant(nn.Module):
     """One attention mechanism, between the projections and the output of `Attention`.
 
-    A subclass declares what it can do and implements `forward`; a recurrent one also `init_state` and `resume`.
+    A subclass declares what it can do and implements `forward`; a recurrent one also `init_state` and `resume`; one that
+    can cross and needs less than all keys afterwards also `remember` and `recall`.
 
     can: out of
         causal         query i sees keys j <= i + M - L
@@ -260,6 +261,16 @@ class Variant(nn.Module):
             **options: key_mask, rotary, slopes, backend and inputs, as in `forward`.
         """
         raise NotImplementedError(f"attention {self.name!r} has no decoding state")
+
+    def remember(self, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, backend: str = "auto") -> State:
+        """What queries of another sequence will need of these keys and values, for variants that can cross."""
+        state = {"keys": hide(k, key_mask), "values": hide(v, key_mask)}
+        return state if key_mask is None else {**state, "mask": key_mask}
+
+    def recall(self, q: Tensor, state: State, *, backend: str = "auto", inputs: Inputs = NO_INPUTS) -> Attended:
+        """Attend to what `remember` kept; as `forward` over those keys."""
+        options = {"key_mask": state.get("mask"), "backend": backend, "inputs": inputs}
+        return self(q, state["keys"], state["values"], **options)
 
     def cost(
         self,

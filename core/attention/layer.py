@@ -85,7 +85,7 @@ class Attention(nn.Module):
             raise ValueError(f"attention {variant!r} does not compose with {positions!r}; {', '.join(able)} do")
 
         planes = {"rope": 1, "rope2d": 2}.get(positions or "", 0)
-        turned = getattr(getattr(self.variant, "project", None), "width", width)
+        turned = getattr(getattr(self.variant, "project", None), "turned", width)
         for size in {width, turned}:
             if planes and size % (2 * planes):
                 raise ValueError(f"positions={positions!r} needs head widths divisible by {2 * planes}, got {size}")
@@ -145,11 +145,7 @@ class Attention(nn.Module):
         """
         self._check(x, "x")
         if context is not None:
-            self._check(context, "context")
-            self._require("cross")
-            if self.positions is not None or self.convolutions is not None:
-                given = f"positions={self.positions!r}" if self.positions is not None else "short_conv"
-                raise ValueError(f"{given} has no meaning between two sequences; build without")
+            self._check_context(context)
         else:
             self._require("causal" if self.causal else "bidirectional")
         if global_mask is not None:
@@ -238,6 +234,22 @@ class Attention(nn.Module):
             )
         return self.prefill(x, state)
 
+    def remember(self, context: Tensor, *, key_mask: Tensor | None = None) -> State:
+        """What `recall` needs of a context [B, M, C]: its projected keys and values, or the variant's sums of them.
+
+        With "linear" its size does not depend on M, so that every query costs the same however long the context is.
+        """
+        self._check_context(context)
+        k = self._normed(self._heads(self.key(context), self.num_kv_heads), self.key_norm)
+        v = self._heads(self.value(context), self.num_kv_heads)
+        return self.variant.remember(k, v, key_mask=key_mask, backend=self.backend)
+
+    def recall(self, x: Tensor, state: State) -> Tensor:
+        """Cross-attention of x [B, L, C] to a remembered context: `self(x, context)`, without dropout on weights."""
+        self._check(x, "x")
+        q = self._normed(self._heads(self.query(x), self.num_heads), self.query_norm)
+        return self._merge_heads(self.variant.recall(q, state, backend=self.backend, inputs=Inputs(x)).out)
+
     def cost(self, batch: int, length: int, keys: int | None = None) -> Cost:
         """Cost of one forward pass with projections; see `Cost`."""
         keys = length if keys is None else keys
@@ -281,14 +293,18 @@ class Attention(nn.Module):
         )
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        def heads(y: Tensor, number: int) -> Tensor:
-            return y.unflatten(-1, (number, -1)).transpose(1, 2)
-
         return (
-            heads(self.query(x), self.num_heads),
-            heads(self.key(context), self.num_kv_heads),
-            heads(self.value(context), self.num_kv_heads),
+            self._heads(self.query(x), self.num_heads),
+            self._heads(self.key(context), self.num_kv_heads),
+            self._heads(self.value(context), self.num_kv_heads),
         )
+
+    def _heads(self, y: Tensor, number: int) -> Tensor:
+        return y.unflatten(-1, (number, -1)).transpose(1, 2)
+
+    def _normed(self, y: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        # In the precision of its gain, also under autocast.
+        return y if norm is None else norm(y.to(norm.weight.dtype)).to(y.dtype)
 
     def _prepare(self, q, k, v, key_mask, state: State | None = None, kept: State | None = None):
         """Convolution and norm of projected q, k and v; what the convolutions need of `state`, and leave in `kept`."""
@@ -300,11 +316,7 @@ class Attention(nn.Module):
                 if kept is not None:
                     kept[f"{name}_before"] = last
             q, k, v = results
-        if self.query_norm is not None and self.key_norm is not None:
-            # In the precision of its gain, also under autocast.
-            q = self.query_norm(q.to(self.query_norm.weight.dtype)).to(v.dtype)
-            k = self.key_norm(k.to(self.key_norm.weight.dtype)).to(v.dtype)
-        return q, k, v
+        return self._normed(q, self.query_norm), self._normed(k, self.key_norm), v
 
     def _reaches(self) -> dict[str, tuple[int, int, int]]:
         """Names and shapes, without the batch, of what the convolutions keep while decoding."""
@@ -321,6 +333,13 @@ class Attention(nn.Module):
         if ability not in self.variant.can:
             able = [name for name in available() if ability in variant_class(name).can]
             raise ValueError(f"attention {self.variant.name!r} cannot do {ability!r}; {', '.join(able)} can")
+
+    def _check_context(self, context: Tensor) -> None:
+        self._check(context, "context")
+        self._require("cross")
+        if self.positions is not None or self.convolutions is not None:
+            given = f"positions={self.positions!r}" if self.positions is not None else "short_conv"
+            raise ValueError(f"{given} has no meaning between two sequences; build without")
 
     def _check_coordinates(self, coordinates: Tensor | None, x: Tensor) -> None:
         if self.positions not in ("rope", "rope2d"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from core.attention.contract import state_bytes
 from core.backbone import Decoder, Encoder
 from core.layout import expand_layout
 
@@ -97,6 +98,47 @@ def test_the_decoder_reads_its_context_and_decodes_stepwise():
     torch.testing.assert_close(torch.stack(got, 1), want)
     with pytest.raises(ValueError, match="cannot do 'cross'"):
         Decoder(16, 1, 2, HYBRID, cross={"variant": "window"})
+
+
+@pytest.mark.parametrize("variant", ["linear", "softmax"])
+def test_the_decoder_remembers_its_context(variant):
+    arguments = {"cross": {"variant": variant}, "positions": "sinusoidal", "qk_norm": True, "num_kv_heads": 1}
+    decoder = Decoder(16, 2, 2, {"variant": "linear"}, **arguments).double().eval()
+    x, context = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 11, 16, dtype=torch.float64)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, 6:] = False
+    junk = torch.where(mask[..., None], context, torch.nan)
+    want = decoder(x, context, context_mask=mask)
+    first = states = decoder.init_state(2, junk, mask)
+    y, states = decoder.prefill(x[:, :4], states)
+    got = [y]
+    for t in range(4, 9):
+        y, states = decoder.step(x[:, t], states)
+        got.append(y.unsqueeze(1))
+    torch.testing.assert_close(torch.cat(got, 1), want)
+    torch.testing.assert_close(decoder.prefill(x[:, :4], first)[0], want[:, :4])
+    with pytest.raises(ValueError, match="not both"):
+        decoder.step(x[:, 0], states, context)
+    with pytest.raises(ValueError, match="needs a context"):
+        decoder.step(x[:, 0], decoder.init_state(2))
+
+
+def test_a_linear_decoders_state_grows_neither_with_the_text_nor_with_its_context():
+    decoder = Decoder(16, 2, 2, {"variant": "linear"}, cross={"variant": "linear"}).eval()
+    cached = Decoder(16, 2, 2, {"variant": "linear"}, cross={"variant": "softmax"}).eval()
+
+    def size(decoder, length, context):
+        states = decoder.init_state(1, torch.randn(1, context, 16))
+        _, states = decoder.prefill(torch.randn(1, length, 16), states)
+        return sum(state_bytes(state) for state in states)
+
+    assert size(decoder, 1, 5) == size(decoder, 300, 700)
+    assert size(cached, 1, 5) == size(cached, 300, 5) < size(cached, 1, 700)
+
+
+def test_a_stack_without_cross_attention_has_nothing_to_remember():
+    with pytest.raises(ValueError, match="no cross-attention to remember"):
+        Encoder(16, 1, 2, HYBRID, causal=True).blocks[0].remember(torch.zeros(1, 3, 16))
 
 
 def test_cost_adds_up():

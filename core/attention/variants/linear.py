@@ -345,6 +345,16 @@ class LinearAttention(Variant):
         options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": backend}
         return sums(q, k, v, self.map, "past", 0, state=state, keep=True, **options)
 
+    def remember(self, k, v, *, key_mask=None, backend="auto") -> State:
+        q, k = self.project(k.new_zeros(k.shape[0], self.heads.query, 0, k.shape[3]), k)
+        _, state = attend(q, k, v, self.map, causal=False, key_mask=key_mask, keep=True, backend=backend)
+        return state or {}
+
+    def recall(self, q, state: State, *, backend="auto", inputs=NO_INPUTS) -> Attended:
+        empty = [q.new_zeros(q.shape[0], self.heads.key, 0, n) for n in (q.shape[3], self.heads.value_width)]
+        q, k = self.project(q, empty[0])
+        return attend(q, k, empty[1], self.map, causal=False, state=state, backend=backend)[0]
+
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
         keys = length if keys is None else keys
         inner = sums_cost(

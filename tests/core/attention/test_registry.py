@@ -18,7 +18,7 @@ def test_the_entry_read_from_the_source_is_the_class(name):
     assert entry(name).summary
     assert entry(name).source
     assert cls.name == name
-    assert cls.can <= {"causal", "bidirectional", "cross", "recurrent", "mass", "dropout"}
+    assert cls.can <= {"causal", "bidirectional", "cross", "recurrent", "mass", "dropout", "grid", "global"}
 
 
 def test_listing_and_checking_load_no_torch():
