@@ -32,6 +32,7 @@ CHOICES = {
     "feature_map": ("elu", "relu", "taylor"),
     "score": ("dot", "general", "concat"),
     "choice": ("softmax", "hybrid"),
+    "sharing": ("none", "headwise", "key_value", "layerwise"),
 }
 """Options whose every value is tested with everything else."""
 
