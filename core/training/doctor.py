@@ -82,11 +82,12 @@ def _variants() -> str:
     import torch
 
     from core.attention import Attention, explain_backend
+    from core.attention.registry import variant_class
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     said = []
     for name in available():
-        layer = Attention(32, 4, name).to(device)
+        layer = Attention(32, 4, name, causal="bidirectional" not in variant_class(name).can).to(device)
         layer(torch.randn(2, 33, 32, device=device)).square().mean().backward()
         broken = [
             p for p, value in layer.named_parameters() if value.grad is not None and not value.grad.isfinite().all()
@@ -95,7 +96,7 @@ def _variants() -> str:
             raise UserError(f"{name} on {device}: gradient of {broken[0]} is not finite")
         runs = [
             line.split(":")[0].strip()
-            for line in explain_backend(name, device=device).splitlines()
+            for line in explain_backend(getattr(layer.variant, "chosen", name), device=device).splitlines()
             if "<- runs" in line
         ]
         said.append(f"{name} ({', '.join(runs)})")

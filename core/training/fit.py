@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from core.attention.registry import LAYER_OPTIONS
+from core.attention.variants.auto import settle
 from core.training.app import get_app
 from core.training.checkpoint import newest_checkpoint
 from core.training.data import Data, eval_loader
@@ -72,6 +74,8 @@ def fit(
     """
     recipe = _resolved(recipe, overrides)
     app, device = get_app(recipe.app), pick_device(recipe)
+    with _torch_settings(recipe):
+        recipe = _settled(recipe, device)
     folder = RunFolder(_run_dir(recipe, run_dir))
     folder.check(recipe, resume=resume)
     # Lightning starts the other processes of a group by running the same command again; the first one owns the folder.
@@ -131,6 +135,25 @@ def _resolved(recipe: str | Path | Recipe, overrides: Sequence[str]) -> Recipe:
     if overrides:
         raise UserError("overrides go with a recipe's reference or path; change a Recipe object itself")
     return recipe
+
+
+def _settled(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with `auto` replaced by what it chooses here: the run's folder names it and loads on any machine."""
+    width = recipe.backbone.dim // recipe.backbone.heads
+
+    def settled(chosen: dict[str, Any]) -> dict[str, Any]:
+        if "variant" not in chosen:
+            return {letter: settled(one) for letter, one in chosen.items()}
+        if chosen["variant"] != "auto":
+            return chosen
+        kept = {key: value for key, value in chosen.items() if key in LAYER_OPTIONS}
+        given = {key: value for key, value in chosen.items() if key != "variant" and key not in kept}
+        try:
+            return {"variant": settle(width, **{"device": device.type, **given}), **kept}
+        except ValueError as error:
+            raise UserError(f"{recipe.source}: attention: {error}") from error
+
+    return recipe.model_copy(update={"attention": settled(recipe.attention)})
 
 
 def _plain(data: Data, app: str) -> Data:

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from core.attention.measurement import processor
 from core.training.app import App, get_app
 from core.training.checkpoint import newest_checkpoint, read_checkpoint, write_atomically
 from core.training.errors import UserError
@@ -219,16 +220,6 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None
-
-
-def processor() -> str:
-    """The CPU's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def build_task(recipe: Recipe, app: App, spec: dict[str, Any]) -> Task:

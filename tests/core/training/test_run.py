@@ -206,3 +206,17 @@ def test_no_run_there(toy):
         load_run("empty")
     with pytest.raises(UserError, match="is an address"):
         load_run("hf://somebody/model.ckpt")
+
+
+def test_auto_is_settled_before_training_and_the_run_names_its_choice(toy, monkeypatch):
+    monkeypatch.setenv("LONGSPAN_CACHE", str(toy / "cache"))
+    overrides = ["attention={variant: auto, length: 16, short_conv: 2}", "trainer.epochs=1"]
+    run = fit("toy/demo", overrides=overrides, run_dir=toy / "run", floors=False)
+    want = {"variant": "softmax", "short_conv": 2}
+    assert load_recipe(run.run_dir / "recipe.yaml").attention == want
+    assert load_run(run.run_dir).recipe.attention == want
+    layered = ["attention={s: softmax, h: {variant: auto, length: 100000}}", "backbone.layout=hs", "trainer.epochs=1"]
+    run = fit("toy/demo", overrides=layered, run_dir=toy / "layered", floors=False)
+    assert load_run(run.run_dir).recipe.attention == {"s": {"variant": "softmax"}, "h": {"variant": "hybrid"}}
+    with pytest.raises(UserError, match=r"toy/demo: attention: unknown choice 'hybird'"):
+        fit("toy/demo", overrides=["attention={variant: auto, choice: hybird}"], run_dir=toy / "bad")
