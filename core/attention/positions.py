@@ -4,8 +4,8 @@ Sinusoidal and learned positions are added to the input once and know nothing of
 inside it; how each composes with a mechanism:
 
     softmax, window      q and k are rotated; ALiBi is a bias of the scores
-    linear, kernel maps  (taylor: a function of q.k) q and k are rotated before the feature map
-    linear, other maps   (elu, relu) the features are rotated, in the numerator only: a rotated denominator could
+    linear, kernel maps  (taylor, cosine: functions of q.k) q and k are rotated before the feature map
+    linear, other maps   (elu, relu, ...) the features are rotated, in the numerator only: a rotated denominator could
                          change its sign; weights then no longer sum to one, the normaliser stays the un-rotated sum
     linear with ALiBi    exp(-slope (i - j)) is a constant decay per head, exactly; two-sided: two directions
     hybrid               each part by its own rule

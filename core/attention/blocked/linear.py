@@ -201,6 +201,7 @@ def linear_forward(
                     x += chunks.inside(fq @ fk.transpose(-1, -2)) @ values
                     chunks.carry(s, b - a).add_(chunks.columns(fk).transpose(-1, -2) @ values)
                 x = chunks.ungrouped(x)
+                x[..., -1].clamp_(min=0)  # a kernel that vanishes, 1 + cos, may round below 0
                 den[items, :, a:b] = x[..., -1]
                 if normalize:
                     torch.div(x[..., :-1], torch.maximum(x[..., -1], low[:, :, a:b]).unsqueeze(-1), out=x[..., :-1])

@@ -39,6 +39,9 @@ from core.attention.contract import (
 )
 from core.attention.feature_maps import FeatureMap
 from core.attention.feature_maps import feature_map as phi_named
+from core.attention.feature_projection import FeatureProjection, featured
+from core.attention.grid import ValueConvolution, last_positions
+from core.attention.learned_maps import LearnedMap
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
 from core.attention.variants import linear
@@ -46,10 +49,13 @@ from core.attention.variants.window import attend as attend_window
 from core.attention.variants.window import band_pairs, check_window, empty_ring, extend_ring, keep_ring
 
 
-def reference(q, k, v, fq, fk, window, gate, causal, key_mask, scale, slopes=None, turned=None) -> Attended:
+def reference(
+    q, k, v, fq, fk, window, gate, causal, key_mask, scale, slopes=None, turned=None, level=None, floor=0.0
+) -> Attended:
     """The definition, dense: one weight per visible pair, exponential inside the window and gamma phi.phi outside.
 
     turned: rotated features of the tail's numerator, where they differ from the normaliser's (`positions`).
+    level: [B, H, L] log of a factor of each query's tail weights that its features leave out.   floor: as in `linear`.
     """
     length, keys = q.shape[2], k.shape[2]
     seen = visible(length, keys, causal=causal, key_mask=key_mask, device=q.device)
@@ -57,17 +63,25 @@ def reference(q, k, v, fq, fk, window, gate, causal, key_mask, scale, slopes=Non
     log_decay = 0.0 if slopes is None else alibi_bias(slopes.to(q.dtype), length, keys)
     inside = torch.exp(scale * q @ k.transpose(-1, -2) + log_decay)
     gamma = torch.exp(gate.to(q.dtype)[:, None, None] + log_decay)
+    gamma = gamma if level is None else gamma * torch.exp(level).unsqueeze(-1)
 
     near_weights = inside.masked_fill(~near, 0.0)
     tail_weights = (gamma * (fq @ fk.transpose(-1, -2))).masked_fill(near | ~seen, 0.0)
     mass = (near_weights + tail_weights).sum(-1)
     empty = mass == 0
     whole = mass.masked_fill(empty, 1.0)
-    if turned is not None:  # a side of the tail without mass has no mean, whatever its numerator
-        past = visible(length, keys, causal=True, device=q.device)
-        sides = [(tail_weights * side).sum(-1, keepdim=True) * side for side in (past, ~past)]
-        gone = (sides[0] + sides[1] == 0) | near | ~seen
-        tail_weights = (gamma * (turned[0] @ turned[1].transpose(-1, -2))).masked_fill(gone, 0.0)
+    if turned is not None:
+        tail_weights, normal = (gamma * (turned[0] @ turned[1].mT)).masked_fill(near | ~seen, 0.0), tail_weights
+    else:
+        normal = tail_weights
+    past = visible(length, keys, causal=True, device=q.device)
+    nearest = 0.0 if slopes is None else slopes.to(q.dtype) * window
+    unit = torch.exp(gate.to(q.dtype) - nearest)[:, None, None]
+    for side in (past, ~past):  # each side of the tail is a mean of its own, with the floor of `linear`
+        weight = (normal * side).sum(-1, keepdim=True)
+        least = floor * unit * (seen & ~near & side).sum(-1, keepdim=True)
+        share = weight / torch.maximum(weight, least).masked_fill(weight == 0, 1.0)
+        tail_weights = torch.where(side, tail_weights * share, tail_weights)
     out = (near_weights + tail_weights) @ v / whole.unsqueeze(-1)
     return Attended(out, whole.log().masked_fill(empty, -torch.inf))
 
@@ -146,7 +160,10 @@ def hybrid_attention(
 
 def positive_map(name: str) -> FeatureMap:
     """The feature map `name`, which must have a mass."""
-    phi = phi_named(name)
+    return _check_positive(name, phi_named(name))
+
+
+def _check_positive(name: str, phi):
     if not phi.positive:
         raise ValueError(f"feature map {name!r} is signed: a hybrid needs one whose weights have a mass")
     return phi
@@ -162,26 +179,24 @@ def attend(
 
 @implementation("hybrid", "reference")
 def _reference(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
-    k, v, tail_k = (repeat_heads(hide(x, key_mask), q.shape[1]) for x in (k, v, tail_k))
-    turned = None
+    tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)
+    k, v, tail_k = (repeat_heads(x, q.shape[1]) for x in (hide(k, key_mask), hide(v, key_mask), tail_k))
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
-        if phi.kernel:
-            tail_q, tail_k = rotary[0](tail_q), rotary[1](tail_k)
-        else:
-            turned = rotary[0](phi.features(tail_q)), rotary[1](phi.features(tail_k))
     features = phi.features(tail_q), phi.features(tail_k)
-    return reference(q, k, v, *features, window, gate, causal, key_mask, scale, slopes, turned)
+    turned = None if turning is None else tuple(turn(x) for turn, x in zip(turning, features))
+    return reference(q, k, v, *features, window, gate, causal, key_mask, scale, slopes, turned, level, phi.floor)
 
 
 @implementation("hybrid", "torch", serves=("state",))
 def _torch(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
     behind = k.shape[2] - q.shape[2] - window  # the newest key of query 0's tail
-    options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": "torch"}
+    tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)  # once for both sides
+    options = {"key_mask": key_mask, "slopes": slopes, "rotary": turning, "backend": "torch"}
     parts = [linear.sums(tail_q, tail_k, v, phi, "past", behind, **options)[0]]
     if not causal:
         parts.append(linear.sums(tail_q, tail_k, v, phi, "future", window, **options)[0])
-    tails = [weighted(part, gate, slopes, window) for part in parts]
+    tails = [linear.raised(weighted(part, gate, slopes, window), level) for part in parts]
     return merge(near(q, k, v, window, causal, key_mask, slopes, scale, rotary), *tails)
 
 
@@ -246,19 +261,39 @@ class HybridAttention(Variant):
 
     Args:
         window: keys nearer than this are attended exactly.
-        feature_map: phi of the tail, "elu", "relu" or "taylor".
-        feature_dim: project q and k of the tail to this width (learned, per head); None: 16 for taylor, else none.
+        feature_map, feature_dim, features, seed, redraw_every: of the tail, see `LinearAttention`.
+        conv: taps of a depth-wise convolution of the values that is added to the output, odd; 0: none.
     """
 
-    can = frozenset({"causal", "bidirectional", "recurrent", "mass"})
+    can = frozenset({"causal", "bidirectional", "recurrent", "mass", "grid"})
     positions = frozenset({"rope", "alibi"})
 
-    def __init__(self, heads: Heads, *, window: int = 64, feature_map: str = "elu", feature_dim: int | None = None):
+    def __init__(
+        self,
+        heads: Heads,
+        *,
+        window: int = 64,
+        feature_map: str = "elu",
+        feature_dim: int | None = None,
+        features: int | None = None,
+        seed: int = 0,
+        redraw_every: int = 0,
+        conv: int = 0,
+    ):
         super().__init__(heads)
         check_window(window)
-        self.window, self.map = window, positive_map(feature_map)
-        self.project = linear.FeatureProjection(heads, feature_map, feature_dim)
+        self.window = window
+        drawn = {"features": features, "seed": seed, "redraw_every": redraw_every}
+        self.project = FeatureProjection(heads, feature_map, feature_dim, **drawn)
+        _check_positive(feature_map, self.map)
         self.gate = nn.Parameter(torch.full((heads.query,), self.map.log_gate(self.project.width)))
+        self.convolution = ValueConvolution(heads.value_width, conv) if conv else None
+        self.can = type(self).can - (frozenset() if conv else {"grid"})
+
+    @property
+    def map(self) -> FeatureMap | LearnedMap:
+        """phi."""
+        return self.project.map
 
     def forward(
         self,
@@ -276,18 +311,29 @@ class HybridAttention(Variant):
         inputs=NO_INPUTS,
     ) -> Attended:
         parts = self._parts(q, slopes, backend)
-        return attend(q, k, v, *self.project(q, k), causal=causal, key_mask=key_mask, rotary=rotary, **parts)
+        attended = attend(q, k, v, *self.project(q, k), causal=causal, key_mask=key_mask, rotary=rotary, **parts)
+        if self.convolution is None:
+            return attended
+        return self.convolution.add_to(attended, v, causal=causal, key_mask=key_mask, grid=inputs.grid)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         features = self.map.width(self.project.width)
-        return empty_state(self.heads, features, self.window, batch, positions, device, dtype)
+        state = empty_state(self.heads, features, self.window, batch, positions, device, dtype)
+        if self.convolution is not None:
+            state |= self.convolution.init_state(batch, self.heads.key, device=device, dtype=dtype)
+        return state
 
     def resume(
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         parts = self._parts(q, slopes, backend)
         tail_q = self.project.queries(q)
-        return resume(q, k, v, tail_q, self.project.keys, state, key_mask=key_mask, rotary=rotary, **parts)
+        attended, new = resume(q, k, v, tail_q, self.project.keys, state, key_mask=key_mask, rotary=rotary, **parts)
+        if self.convolution is None:
+            return attended, new
+        before = state["before"]
+        attended = self.convolution.add_to(attended, v, causal=True, key_mask=key_mask, grid=None, before=before)
+        return attended, {**new, "before": last_positions(v, key_mask, before)}
 
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
         h, width = self.heads, self.project.width
@@ -295,7 +341,10 @@ class HybridAttention(Variant):
         sides = 1 if causal else 2
         pairs = band_pairs(length, self.window, causal)
         ring = self.window * (h.key * element_bytes * (h.width + h.value_width) + 1)
-        return self.project.cost(batch, length, length) + Cost(
+        total = self.project.cost(batch, length, length)
+        if self.convolution is not None:
+            total += self.convolution.cost(batch, length, h.key, causal, element_bytes)
+        return total + Cost(
             flops=sides * tail.flops + 2 * batch * h.query * pairs * (h.width + h.value_width),
             bytes_moved=(1 + sides) * tail.bytes_moved,
             state_bytes=batch * ring + tail.state_bytes if causal else 0,

@@ -5,7 +5,8 @@ r"""Linear attention: a kernel phi(q).phi(k) in place of exp(q.k), so keys and v
 Time linear in the length, bidirectional, causal and cross. The decoding state is S = sum_j phi(k_j) [v_j, 1]^T.
 
 With ALiBi slopes every weight is multiplied by exp(-slope_h |i - j|): a constant decay per head. With rotary positions
-see `core.attention.positions`: kernel maps (taylor) rotate before phi; other maps rotate phi, in the numerator only.
+see `core.attention.positions`: functions of q.k (taylor, cosine) rotate before phi; other maps rotate phi, in the
+numerator only.
 
 Source:
     Katharopoulos et al. 2020, arXiv:2006.16236
@@ -17,8 +18,7 @@ Where we differ:
 """
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.linear import CHUNK, least_denominator, linear_forward
@@ -37,6 +37,9 @@ from core.attention.contract import (
 )
 from core.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from core.attention.feature_maps import feature_map as phi_named
+from core.attention.feature_projection import FeatureProjection, featured
+from core.attention.grid import ValueConvolution, last_positions
+from core.attention.learned_maps import Focused, LearnedMap
 from core.attention.registry import register
 
 
@@ -46,12 +49,12 @@ def reference(fq, fk, v, seen, normalize=True, floor=0.0) -> Attended:
     floor: the least denominator per visible key, for maps that can vanish; the mass is that of the true sum.
     """
     a = fq @ fk.transpose(-1, -2) * seen
-    mass = a.sum(-1)
+    mass = a.sum(-1).clamp(min=0)  # 1 + cos of opposite vectors may round below 0
     empty = mass == 0
     out = a @ v
     if normalize:
-        least = floor * (seen != 0).sum(-1)
-        out = out / torch.maximum(mass, least.to(mass.dtype)).masked_fill(empty, 1.0).unsqueeze(-1)
+        least = floor * (seen != 0).sum(-1, dtype=mass.dtype)
+        out = out / torch.maximum(mass, least).masked_fill(empty, 1.0).unsqueeze(-1)
     return Attended(out, mass.masked_fill(empty, 1.0).log().masked_fill(empty, -torch.inf))
 
 
@@ -76,7 +79,7 @@ def linear_attention(
         q: queries [B, H, L, D]; any scale lives in the feature map.
         k: keys [B, K, M, D]; H is a multiple of K.
         v: values [B, K, M, E].
-        feature_map: name of phi, one of `core.attention.feature_maps.FEATURE_MAPS`.
+        feature_map: name of phi, one of `core.attention.feature_maps.FEATURE_MAPS`; those with parameters need a layer.
         causal: query i sees key j iff j <= i + M - L.
         key_mask: bool [B, M], True where a key is real.
         slopes: [H] ALiBi slopes; weights decay by exp(-slope_h |i + M - L - j|). Two-sided needs L = M.
@@ -122,7 +125,7 @@ def attend(
     q,
     k,
     v,
-    phi: FeatureMap,
+    phi: FeatureMap | LearnedMap,
     *,
     causal,
     key_mask=None,
@@ -155,15 +158,22 @@ def further(attended: Attended, slopes: Tensor | None, distance: int = 1) -> Att
 
 def shifted(attended: Attended, by: Tensor) -> Attended:
     """Add `by` [H] to the log mass, which is there."""
+    return raised(attended, by[:, None])
+
+
+def raised(attended: Attended, by: Tensor | None) -> Attended:
+    """Add `by` [.., H, L] to the log mass, which is there."""
+    if by is None:
+        return attended
     assert attended.log_mass is not None
-    return Attended(attended.out, attended.log_mass + by.to(attended.log_mass.dtype)[:, None])
+    return Attended(attended.out, attended.log_mass + by.to(attended.log_mass.dtype))
 
 
 def sums(
     q,
     k,
     v,
-    phi: FeatureMap,
+    phi: FeatureMap | LearnedMap,
     direction: str,
     offset: int,
     *,
@@ -178,19 +188,19 @@ def sums(
     """Sums over all keys ("both"), keys j <= i + offset ("past") or j >= i + offset ("future").
 
     With slopes a weight decays by exp(-slope |i + offset - j|). Rotary positions act before phi for kernel maps; for
-    other maps on the features, in the numerator only.
+    other maps on the features, in the numerator only. normalize=False is for maps without parameters: the features of
+    favor are known up to a factor per query only.
     """
+    k, v = hide(k, key_mask), hide(v, key_mask)
+    q, k, phi, rotary, level = featured(q, k, phi, rotary)
     if slopes is not None:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    k, v = hide(k, key_mask), hide(v, key_mask)
     needs = ("state",) if state is not None or keep else ()
     run = resolve("linear", backend, q.device.type, q.dtype, needs).run
     before = (None, None) if state is None else (state["sum"], state["count"])
-    if rotary is None or phi.kernel:
-        if rotary is not None:
-            q, k = rotary[0](q), rotary[1](k)
+    if rotary is None:
         attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
-        return attended, {"sum": total, "count": _count(q, k, key_mask, before[1])} if keep else None
+        return raised(attended, level), {"sum": total, "count": _count(q, k, key_mask, before[1])} if keep else None
     acc = accumulator(v.dtype)
     fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)
     # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
@@ -204,7 +214,7 @@ def sums(
         least = least_denominator(q, k, key_mask, before[1], phi.name, direction, offset)
         den = torch.maximum(mass.log_mass.exp(), least)
         out = out * torch.where(mass.log_mass == -torch.inf, 0.0, 1 / den).unsqueeze(-1)
-    attended = Attended(out.to(v.dtype), mass.log_mass)
+    attended = raised(Attended(out.to(v.dtype), mass.log_mass), level)
     if not keep:
         return attended, None
     return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": _count(q, k, key_mask, before[1])}
@@ -239,80 +249,54 @@ def _count(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None)
     return new if before is None else new + before
 
 
-class FeatureProjection(nn.Module):
-    """What q and k go through before phi: a per-head projection to the map's width, and RMS normalisation.
-
-    Kernel maps estimate exp(q.k) near 0 only and their width grows with D squared, so they act on 16 normalised
-    dimensions by default. Other maps act on the head as it is.
-
-    Args:
-        heads: head geometry.
-        name: feature map.
-        width: dimensions to project to; None: 16 for kernel maps (the head's own width if smaller), else no projection.
-    """
-
-    def __init__(self, heads: Heads, name: str, width: int | None):
-        super().__init__()
-        self.map = phi_named(name)
-        if width is not None and not 1 <= width <= heads.width:
-            raise ValueError(f"feature_dim must be from 1 to the head width {heads.width}, got {width}")
-        default = min(16, heads.width) if self.map.kernel else heads.width
-        self.width = default if width is None else width
-        self.query = self.key = None
-        if self.width != heads.width:
-            self.query = nn.Parameter(torch.empty(heads.query, heads.width, self.width))
-            self.key = nn.Parameter(torch.empty(heads.key, heads.width, self.width))
-            with torch.no_grad():
-                for table in (self.query, self.key):
-                    for one in table:
-                        nn.init.orthogonal_(one)
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(q [B, H, L, width], k [B, K, M, width])."""
-        return self.queries(q), self.keys(k)
-
-    def queries(self, q: Tensor) -> Tensor:
-        """What phi acts on, from queries [B, H, L, D]."""
-        return self._narrow(q, self.query)
-
-    def keys(self, k: Tensor) -> Tensor:
-        """What phi acts on, from keys [B, K, M, D]."""
-        return self._narrow(k, self.key)
-
-    def _narrow(self, x: Tensor, table: Tensor | None) -> Tensor:
-        y = x if table is None else x @ table
-        return (F.rms_norm(y, (self.width,)) if self.map.kernel else y).to(x.dtype)
-
-    def cost(self, batch: int, length: int, keys: int) -> Cost:
-        """Cost of projecting `length` queries and `keys` keys."""
-        if self.query is None or self.key is None:
-            return Cost()
-        numbers = self.query.numel(), self.key.numel()
-        return Cost(flops=2 * batch * (length * numbers[0] + keys * numbers[1]), parameters=sum(numbers))
-
-
 @register(
     "linear",
     summary="a feature map in place of exp: running sums, constant-size state; linear",
     source="Katharopoulos et al. 2020, arXiv:2006.16236; taylor: Arora et al. 2024, arXiv:2402.18668",
 )
 class LinearAttention(Variant):
-    """Normalised linear attention with any feature map of `core.attention.feature_maps`.
+    """Normalised linear attention with any feature map of `core.attention.feature_maps` and `learned_maps`.
 
     Args:
-        feature_map: "elu", "relu" or "taylor".
-        feature_dim: project q and k to this width first (learned, per head); None: 16 for taylor, else no projection.
+        feature_map: one that is not signed: "elu", "relu", "taylor", "cosine", "dpfp", "dpfp-2", "dpfp-3", "favor",
+            "favor_relu", "hedgehog", "t2r" or "focused".
+        feature_dim: project q and k to this width first (learned, per head); None: 16 for maps that estimate exp
+            (taylor, favor, favor_relu), else no projection.
+        features: number of features of favor, favor_relu and t2r; None: their own default.
+        seed: of the random features of favor and favor_relu.
+        redraw_every: forward passes in training between two draws of these; 0: never.
+        conv: taps of a depth-wise convolution of the values that is added to the output, odd; 0: none. It is
+            conv x conv on an image grid.
     """
 
-    can = frozenset({"causal", "bidirectional", "cross", "recurrent", "mass"})
+    can = frozenset({"causal", "bidirectional", "cross", "recurrent", "mass", "grid"})
     positions = frozenset({"rope", "alibi"})
 
-    def __init__(self, heads: Heads, *, feature_map: str = "elu", feature_dim: int | None = None):
+    def __init__(
+        self,
+        heads: Heads,
+        *,
+        feature_map: str = "elu",
+        feature_dim: int | None = None,
+        features: int | None = None,
+        seed: int = 0,
+        redraw_every: int = 0,
+        conv: int = 0,
+    ):
         super().__init__(heads)
-        self.project = FeatureProjection(heads, feature_map, feature_dim)
-        self.map = self.project.map
+        drawn = {"features": features, "seed": seed, "redraw_every": redraw_every}
+        self.project = FeatureProjection(heads, feature_map, feature_dim, **drawn)
         if not self.map.positive:
             raise ValueError(f"feature map {feature_map!r} is signed: normalised attention needs a positive one")
+        self.convolution = ValueConvolution(heads.value_width, conv) if conv else None
+        self.can = type(self).can - {"cross" if conv else "grid"}  # values of another sequence are no neighbours
+        if isinstance(self.map, Focused):  # never 0 but next to it: a rotated numerator over that would explode
+            self.positions = frozenset({"alibi"})
+
+    @property
+    def map(self) -> FeatureMap | LearnedMap:
+        """phi."""
+        return self.project.map
 
     def forward(
         self,
@@ -333,17 +317,27 @@ class LinearAttention(Variant):
         attended, _ = attend(
             q, k, v, self.map, causal=causal, key_mask=key_mask, slopes=slopes, rotary=rotary, backend=backend
         )
-        return attended
+        if self.convolution is None:
+            return attended
+        return self.convolution.add_to(attended, v, causal=causal, key_mask=key_mask, grid=inputs.grid)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
-        return empty_sum(self.heads, self.map.width(self.project.width), batch, positions, device, dtype)
+        state = empty_sum(self.heads, self.map.width(self.project.width), batch, positions, device, dtype)
+        if self.convolution is not None:
+            state |= self.convolution.init_state(batch, self.heads.key, device=device, dtype=dtype)
+        return state
 
     def resume(
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         q, k = self.project(q, k)
         options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": backend}
-        return sums(q, k, v, self.map, "past", 0, state=state, keep=True, **options)
+        attended, new = sums(q, k, v, self.map, "past", 0, state=state, keep=True, **options)
+        if self.convolution is None or new is None:
+            return attended, new
+        before = state["before"]
+        attended = self.convolution.add_to(attended, v, causal=True, key_mask=key_mask, grid=None, before=before)
+        return attended, {**new, "before": last_positions(v, key_mask, before)}
 
     def remember(self, k, v, *, key_mask=None, backend="auto") -> State:
         q, k = self.project(k.new_zeros(k.shape[0], self.heads.query, 0, k.shape[3]), k)
@@ -360,7 +354,10 @@ class LinearAttention(Variant):
         inner = sums_cost(
             self.heads, self.map, self.project.width, batch, length, keys, causal, positions, element_bytes
         )
-        return inner + self.project.cost(batch, length, keys)
+        total = inner + self.project.cost(batch, length, keys)
+        if self.convolution is None:
+            return total
+        return total + self.convolution.cost(batch, length, self.heads.key, causal, element_bytes)
 
 
 def empty_sum(heads: Heads, features: int, batch: int, positions: str | None, device, dtype) -> State:
@@ -373,7 +370,7 @@ def empty_sum(heads: Heads, features: int, batch: int, positions: str | None, de
     }
 
 
-def sums_cost(heads: Heads, phi: FeatureMap, width: int, batch, length, keys, causal, positions, element_bytes) -> Cost:
+def sums_cost(heads: Heads, phi, width: int, batch, length, keys, causal, positions, element_bytes) -> Cost:
     """Cost of the sums themselves: chunked when causal, two products when not."""
     features, values = phi.width(width), heads.value_width + 1
     key_heads = heads.query if positions == "alibi" else heads.key
