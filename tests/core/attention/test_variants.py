@@ -32,6 +32,7 @@ CHOICES = {
     "feature_map": ("elu", "relu", "taylor"),
     "score": ("dot", "general", "concat"),
     "choice": ("softmax", "hybrid"),
+    "sharing": ("none", "headwise", "key_value", "layerwise"),
 }
 """Options whose every value is tested with everything else."""
 
@@ -281,6 +282,23 @@ def test_cross_attention_masks_the_context_and_packs(name):
     got = attention(x[:1], context[:1], cu_seqlens=offsets, cu_seqlens_context=context_offsets)
     want = torch.cat([attention(x[:1, :2], context[:1, :4]), attention(x[:1, 2:], context[:1, 4:])], 1)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", [name for name in available() if "cross" in variant_class(name).can])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_a_remembered_context_equals_the_context(name, key_heads):
+    attention = Attention(32, 4, name, num_kv_heads=key_heads, qk_norm=True, **options(name)).double().eval()
+    x, context = torch.randn(3, 7, 32, dtype=torch.float64), torch.randn(3, 11, 32, dtype=torch.float64)
+    mask = torch.rand(3, 11) > 0.3
+    mask[2] = False
+    context[~mask] = torch.nan
+    want, state = attention(x, context, key_mask=mask), attention.remember(context, key_mask=mask)
+    parts = [attention.recall(x[:, a:b], state) for a, b in ((0, 1), (1, 2), (2, 7))]
+    torch.testing.assert_close(torch.cat(parts, 1), want)
+    assert all(len(tensor) == 3 for tensor in state.values())  # batch first, so that beams can be reordered
+    torch.testing.assert_close(
+        attention.recall(x, attention.remember(x)), attention(x, x.clone()), rtol=1e-9, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in available() if "cross" not in variant_class(name).can])
