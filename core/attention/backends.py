@@ -104,6 +104,11 @@ def resolve(mechanism: str, backend: str, device: str, dtype: torch.dtype, needs
     raise ValueError(f"no backend of {mechanism} attention serves this request on {device}: {'; '.join(passed)}")
 
 
+def mechanisms() -> tuple[str, ...]:
+    """Names that implementations have been entered for so far; importing a variant's file enters its own."""
+    return tuple(sorted(_table))
+
+
 def set_backend(backend: str | None, mechanism: str | None = None) -> None:
     """Force a backend wherever "auto" is asked for, for one mechanism or for all; None gives the choice back.
 

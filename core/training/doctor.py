@@ -82,22 +82,23 @@ def _variants() -> str:
     import torch
 
     from core.attention import Attention, explain_backend
+    from core.attention.backends import mechanisms
     from core.attention.registry import variant_class
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     said = []
     for name in available():
-        layer = Attention(32, 4, name, causal="bidirectional" not in variant_class(name).can).to(device)
-        layer(torch.randn(2, 33, 32, device=device)).square().mean().backward()
+        can = variant_class(name).can
+        layer = Attention(32, 4, name, causal="causal" in can and "bidirectional" not in can).to(device)
+        x = torch.randn(2, 33, 32, device=device)
+        layer(x, None if can & {"causal", "bidirectional"} else x.flip(1)).square().mean().backward()
         broken = [
             p for p, value in layer.named_parameters() if value.grad is not None and not value.grad.isfinite().all()
         ]
         if broken:
             raise UserError(f"{name} on {device}: gradient of {broken[0]} is not finite")
-        runs = [
-            line.split(":")[0].strip()
-            for line in explain_backend(getattr(layer.variant, "chosen", name), device=device).splitlines()
-            if "<- runs" in line
-        ]
-        said.append(f"{name} ({', '.join(runs)})")
+        mechanism = getattr(layer.variant, "chosen", name)
+        lines = explain_backend(mechanism, device=device).splitlines() if mechanism in mechanisms() else []
+        runs = [line.split(":")[0].strip() for line in lines if "<- runs" in line]
+        said.append(f"{name} ({', '.join(runs)})" if runs else name)
     return f"forward and backward on {device}: {', '.join(said)}"
