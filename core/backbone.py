@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from core.attention.contract import Cost, State
+from core.attention.contract import Cost, State, Variant
 from core.attention.layer import Attention
 from core.attention.positions import LearnedPositions, sinusoidal
 from core.attention.registry import nearest
@@ -167,6 +167,8 @@ class _Stack(nn.Module):
             )
             for chosen in self.layers
         )
+        _tie([block.attention.variant for block in self])
+        _tie([block.cross.variant for block in self if block.cross is not None])
         self.table = LearnedPositions(max_length, dim) if positions == "learned" else None
         self.drop = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
@@ -241,6 +243,21 @@ class _Stack(nn.Module):
             else:
                 x = block(x, *args, **kwargs)
         return self.norm(x)
+
+
+def _tie(variants: list[Variant]) -> None:
+    """Make one parameter of those that variants of the same name call `tied`."""
+    first: dict[tuple[str, str], nn.Parameter] = {}
+    for variant in variants:
+        for name in variant.tied:
+            own = getattr(variant, name)
+            shared = first.setdefault((variant.name, name), own)
+            if own.shape != shared.shape:
+                raise ValueError(
+                    f"layers of {variant.name!r} share {name!r} and must agree on its shape, "
+                    f"got {list(shared.shape)} and {list(own.shape)}"
+                )
+            setattr(variant, name, shared)
 
 
 class Encoder(_Stack):

@@ -206,6 +206,7 @@ class Variant(nn.Module):
         padding belongs on the right; "length", so it is applied to whole sequences without padding.
     growth: how its cost grows with the length: "linear", "log-linear", "root" (L^1.5) or "quadratic".
     uncompiled: why torch.compile(fullgraph=True) cannot take it; "" where it can.
+    tied: names of parameters that all layers of a stack share; `core.backbone` makes them one.
     """
 
     name: ClassVar[str]
@@ -214,6 +215,7 @@ class Variant(nn.Module):
     anchor: ClassVar[str] = ""
     growth: ClassVar[str] = "linear"
     uncompiled: ClassVar[str] = ""
+    tied: tuple[str, ...] = ()
 
     def __init__(self, heads: Heads):
         super().__init__()

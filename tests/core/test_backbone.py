@@ -141,6 +141,26 @@ def test_a_stack_without_cross_attention_has_nothing_to_remember():
         Encoder(16, 1, 2, HYBRID, causal=True).blocks[0].remember(torch.zeros(1, 3, 16))
 
 
+def test_layerwise_projections_are_one_parameter_of_the_stack():
+    linformer = {"variant": "linformer", "rank": 4, "max_length": 12}
+    tied = Encoder(16, 3, 2, {**linformer, "sharing": "layerwise"})
+    own = Encoder(16, 3, 2, {**linformer, "sharing": "key_value"})
+    assert len({id(block.attention.variant.mix) for block in tied}) == 1
+    count = sum(p.numel() for p in tied.parameters())
+    assert count == sum(p.numel() for p in own.parameters()) - 2 * 4 * 12 == tied.cost(1, 8).parameters
+    tied(torch.randn(1, 8, 16)).square().sum().backward()
+    mixed = tied.blocks[2].attention.variant.mix
+    assert mixed.grad is not None
+    assert mixed.grad[:, :8].any()
+    assert not mixed.grad[:, 8:].any()
+    again = Encoder(16, 3, 2, {**linformer, "sharing": "layerwise"})
+    again.load_state_dict(tied.state_dict())
+    assert torch.equal(again.blocks[0].attention.variant.mix, again.blocks[2].attention.variant.mix)
+    different = {"a": {**linformer, "sharing": "layerwise"}, "b": {**linformer, "sharing": "layerwise", "rank": 5}}
+    with pytest.raises(ValueError, match=r"share .mix. and must agree on its shape, got \[4, 12\] and \[5, 12\]"):
+        Encoder(16, 2, 2, different, layout="ab")
+
+
 def test_cost_adds_up():
     encoder = Encoder(16, 3, 2, HYBRID, causal=True, positions="learned", max_length=32)
     cost = encoder.cost(2, 20)
