@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(width) if qk_norm else None
         if isinstance(short_conv, bool) or short_conv < 0 or short_conv == 1:
             raise ValueError(f"short_conv is a number of taps, 0 (none) or at least 2, got {short_conv!r}")
-        self.convolutions = None
+        self.short_conv, self.convolutions = short_conv, None
         if short_conv:
             sizes = {"query": num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
             self.convolutions = nn.ModuleDict(
@@ -324,7 +324,7 @@ class Attention(nn.Module):
             return {}
         width = self.dim // self.num_heads
         sizes = {"query": self.num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
-        return {f"{name}_before": (sizes[name], one.taps - 1, width) for name, one in self.convolutions.items()}
+        return {f"{name}_before": (heads, self.short_conv - 1, width) for name, heads in sizes.items()}
 
     def _merge_heads(self, out: Tensor) -> Tensor:
         return self.output(out.transpose(1, 2).flatten(-2))

@@ -16,7 +16,8 @@ finds. With b the inclusive running sum of g in the chunk,
 where X = V without beta; with it, X solves (I + N) X = beta (V - (K e^b) S), N being beta times the part of A below the
 diagonal with keys in place of queries. Every exponent is <= 0: e^{-b} alone would overflow float32 after a few strong
 gates. A vector gate does not factor into one product without it, so A is built from sub-blocks of 16 rows, anchored at
-their first row, and the diagonal ones element by element.
+their first row, and the diagonal ones element by element. Only a chunk whose gates add up to no more than `MILD`, the
+usual case, is one product after all: e^{-b} is then a number that float32 holds with all its digits.
 
 The backward goes through the chunks in reverse from the states kept at their borders, and differentiates the same
 functions, so that each formula stands here once. g = 0 means exactly no decay.
@@ -36,6 +37,9 @@ CHUNK = {"decay": 128, "vector_decay": 64, "delta": 64, "vector_delta": 64}
 
 ROWS = 16
 """Rows of a sub-block of a vector gate."""
+
+MILD = 40.0
+"""Largest sum of a chunk's gates that may be undone: e^40 times any reasonable product stays far below 3e38."""
 
 
 def scan(
@@ -96,6 +100,10 @@ def _vector_products(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     return torch.cat(lines, -2)
 
 
+def _mild_products(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    return ((q * b.exp()) @ (k * (-b).exp()).mT).tril()
+
+
 def _additive(products: Callable) -> Callable:
     def chunk(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         b = g.cumsum(-2)
@@ -123,7 +131,17 @@ _CHUNKS = {
     "vector_decay": _additive(_vector_products),
     "delta": _delta(_scalar_products),
     "vector_delta": _delta(_vector_products),
+    "vector_decay, mild": _additive(_mild_products),
+    "vector_delta, mild": _delta(_mild_products),
 }
+
+
+def _function(kind: str, pieces: list[Tensor]) -> Callable:
+    """What computes this chunk."""
+    # On a GPU looking at the gates would wait for them; its chunks take the way that is always safe.
+    if kind.startswith("vector") and pieces[3].device.type == "cpu" and pieces[3].sum(-2).min() >= -MILD:
+        return _CHUNKS[f"{kind}, mild"]
+    return _CHUNKS[kind]
 
 
 def _chunk(kind: str, inputs: Sequence[Tensor], items: slice, at: int, end: int, acc: torch.dtype) -> list[Tensor]:
@@ -162,7 +180,8 @@ def scan_forward(kind: str, inputs: Sequence[Tensor], state: Tensor, keep: bool)
             for n, (a, b) in enumerate(spans):
                 if keep:
                     borders[n, items] = s
-                y, s = _CHUNKS[kind](s, *_chunk(kind, inputs, items, a, b, acc))
+                pieces = _chunk(kind, inputs, items, a, b, acc)
+                y, s = _function(kind, pieces)(s, *pieces)
                 out[items, :, :, a:b] = y[..., : b - a, :]
             end[items] = s
     return out, end, borders
@@ -186,7 +205,7 @@ def scan_backward(
                 do = d_out[items, :, :, a:b].to(acc)
                 do = F.pad(do, (0, 0, 0, pieces[0].shape[3] - (b - a)))
                 # torch.func, because plain autograd does not record inside of an operator.
-                _, pull = torch.func.vjp(_CHUNKS[kind], borders[n, items], *pieces)
+                pull = torch.func.vjp(_function(kind, pieces), borders[n, items], *pieces)[1]
                 ds, *found = pull((do, ds))
                 for grad, one in zip(grads, found):
                     grad[items, :, :, a:b] = one[..., : b - a, :]

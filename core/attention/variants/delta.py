@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from core.attention.contract import Heads
 from core.attention.recurrence import Recurrence, by_head, log_gate, silent
 from core.attention.registry import register
-from core.attention.variants.gated import StepSizes, low_rank
+from core.attention.variants.gated import StepSizes, LowRank
 
 
 class _Delta(Recurrence):
@@ -101,10 +101,10 @@ class KimiDeltaAttention(_Delta):
         super().__init__(heads, negative=negative, norm=norm, gate=gate)
         if gate_rank < 1:
             raise ValueError(f"gate_rank must be at least 1, got {gate_rank}")
-        self.decay = low_rank(heads.input_width("kda"), gate_rank, heads.key * heads.width)
+        self.decay = LowRank(heads.input_width("kda"), gate_rank, heads.key * heads.width)
         with torch.no_grad():  # softplus of it: steps log-uniform in [1e-3, 1e-1] over the features of a head
             step = torch.logspace(-3, -1, heads.width)
-            self.decay[1].bias.copy_((step + torch.log(-torch.expm1(-step))).repeat(heads.key))
+            self.decay.wide.bias.copy_((step + torch.log(-torch.expm1(-step))).repeat(heads.key))
         self.log_rate = nn.Parameter(torch.zeros(heads.key))
 
     def decay_of(self, k, x):

@@ -40,6 +40,7 @@ class RetNetAttention(Recurrence):
 
     kind = "decay"
     positions = frozenset({"rope"})
+    rates: Tensor
 
     def __init__(self, heads: Heads, *, norm: bool = True, gate: bool = True):
         super().__init__(heads, norm=norm, gate=gate)
@@ -65,6 +66,7 @@ class LightningAttention(Recurrence):
     kind = "decay"
     positions = frozenset({"rope"})
     activation = staticmethod(torch.sigmoid)
+    rates: Tensor
 
     def __init__(self, heads: Heads, *, layer: int = 0, layers: int = 1, norm: bool = True, gate: bool = True):
         super().__init__(heads, norm=norm, gate=gate)
@@ -128,7 +130,7 @@ class GLAAttention(Recurrence):
         if gate_rank < 1 or temperature <= 0:
             raise ValueError(f"gate_rank >= 1 and temperature > 0, got {gate_rank} and {temperature}")
         self.temperature = temperature
-        self.decay = low_rank(heads.input_width("gla"), gate_rank, heads.key * heads.width)
+        self.decay = LowRank(heads.input_width("gla"), gate_rank, heads.key * heads.width)
 
     def prepare(self, q, k, v, x, key_mask):
         g = by_head(F.logsigmoid(self.decay(x)), self.heads.key) / self.temperature
@@ -197,13 +199,19 @@ class StepSizes(nn.Module):
         return step, -step * self.log_rate.exp()[:, None]
 
 
-def low_rank(inputs: int, rank: int, outputs: int) -> nn.Sequential:
+class LowRank(nn.Module):
     """Two linear maps through a narrow middle, the usual shape of a gate's projection."""
-    narrow, wide = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs)
-    for layer in (narrow, wide):
-        nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(wide.bias)
-    return nn.Sequential(narrow, wide)
+
+    def __init__(self, inputs: int, rank: int, outputs: int):
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs)
+        for layer in (self.narrow, self.wide):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.wide.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return self.wide(self.narrow(x))
 
 
 def _constant(rates: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ def test_the_chunk_size_does_not_matter(kind, size, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strength", [0.0, 1e-6, 5.0, 50.0])
 def test_gates_of_any_strength_stay_finite_and_true_in_float32(kind, strength):
-    tensors, state = arguments(kind, 200, strength=strength)
+    tensors, _ = arguments(kind, 200, strength=strength)
     single = [x.detach().float().requires_grad_() for x in tensors]
     out, _ = scan(kind, *single)
     want, _ = scan(kind, *(x.detach() for x in tensors))
