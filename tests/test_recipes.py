@@ -96,7 +96,7 @@ def faults(reference: str, text: str, metric: str) -> list[str]:
         ),
     }
     shapes = {
-        "time": r"(about |under )?[\d.]+ (seconds|minutes|hours)",
+        "time": r"(about |under )?[\d.]+ (seconds|minutes?|hours?)",
         "peak memory": r"(about |under )?[\d.]+ (MB|GB)",
         "expected": rf".*\b{metric}\b.*\d.*\b\d+ seeds?\b|.*\b(floor|ridge)",
     }
