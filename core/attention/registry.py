@@ -19,7 +19,9 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound=type)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ _registered: dict[str, type] = {}
 _entries: dict[str, Entry] = {}
 
 
-def register(name: str, *, summary: str, source: str) -> Callable[[type], type]:
+def register(name: str, *, summary: str, source: str) -> Callable[[T], T]:
     """Class decorator: put a variant into the catalogue under `name`.
 
     Args:
@@ -52,7 +54,7 @@ def register(name: str, *, summary: str, source: str) -> Callable[[type], type]:
         ValueError: the name is taken by another class.
     """
 
-    def keep(cls: type) -> type:
+    def keep(cls: T) -> T:
         taken = _registered.get(name)
         shipped = _shipped().get(name)
         if shipped is not None and shipped.module != cls.__module__:
