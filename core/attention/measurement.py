@@ -66,7 +66,7 @@ def load(device: str) -> dict[str, Any] | None:
         if {key: found[key] for key in identity(device)} != identity(device):
             raise ValueError("it belongs to another device")
         found["ms"] = {
-            name: {kind: {int(n): float(ms) for n, ms in directions[kind].items()} for kind in DIRECTIONS}
+            name: {kind: {int(n): float(ms) for n, ms in times.items()} for kind, times in directions.items()}
             for name, directions in found["ms"].items()
         }
         return found

@@ -16,10 +16,12 @@ VERBS = {
     "predict": "predictions of a run for a file",
     "compare": "train several variants over several seeds and report the differences",
     "report": "write the report of a comparison again",
+    "bench": "how fast the variants are on this device, and what they remember",
     "doctor": "check this installation",
     "schema": "JSON Schema of an app's recipes, for editors",
 }
 LISTS = ("recipes", "variants", "apps", "data")
+SUITES = ("speed", "recall")
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,5 +106,13 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         help="settings side by side; may be given several times",
     )
     run("report", "the folder of a comparison")
+    bench = verbs["bench"]
+    bench.add_argument("--suite", default="speed", metavar="SUITE", help=f"{' or '.join(SUITES)}; default: speed")
+    bench.add_argument("--variants", default="", metavar="A,B,C", help="such as gla,hybrid:window=16")
+    bench.add_argument(
+        "--seeds", metavar="N", help="of recall's models: a number of seeds (default 3), or a list 0,4,7"
+    )
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="also write the figures here, as JSON")
     verbs["schema"].add_argument("app", metavar="APP", help="as `longspan list apps` shows it")
     return parser, verbs

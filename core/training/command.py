@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.attention.registry import available, entry, nearest
-from core.layout import PRESETS
+from core.layout import PRESETS, check_name
 from core.training.app import apps
-from core.training.arguments import LISTS, VERBS, build_parser
+from core.training.arguments import LISTS, SUITES, VERBS, build_parser
 from core.training.errors import Interrupted, RunFailed, UserError
 
 
@@ -219,6 +219,25 @@ def _report(args: argparse.Namespace) -> None:
         print(path)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    if args.suite not in SUITES:
+        raise UserError(f"unknown suite {args.suite!r}{nearest(args.suite, SUITES)}; known: {', '.join(SUITES)}")
+    if args.suite == "speed" and args.seeds is not None:
+        raise UserError("--seeds goes with --suite recall: speed has no randomness that matters")
+    variants = [word.strip() for word in args.variants.split(",") if word.strip()]
+    try:
+        for word in variants:
+            check_name(word.partition(":")[0])
+    except ValueError as error:
+        raise UserError(f"--variants: {error}") from error
+    seeds = _seeds(args.seeds or "3")
+
+    from core.training.bench import bench
+
+    chosen = range(seeds) if isinstance(seeds, int) else seeds
+    bench(args.suite, variants=variants, seeds=chosen, device=args.device, out=args.out)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from core.training.doctor import doctor
 
@@ -251,6 +270,7 @@ _ACTIONS = {
     "predict": _predict,
     "compare": _compare,
     "report": _report,
+    "bench": _bench,
     "doctor": _doctor,
     "schema": _schema,
 }

@@ -43,16 +43,13 @@ def choose(length: int, width: int, device: str) -> tuple[str, str]:
     2 width + 2 chunk of softmax's keys, with chunks of 64.
     """
     known = measurement.load(device)
-    if known is None or not set(CANDIDATES) <= known["ms"].keys():
+    wanted = [(name, kind) for name in CANDIDATES for kind in measurement.DIRECTIONS]
+    if known is None or any(len(known["ms"].get(name, {}).get(kind, ())) < 2 for name, kind in wanted):
         crossover = CROSSOVERS.get(torch.device(device).type, CROSSOVERS["cpu"]) * (width + 64) / 128
         name = "softmax" if length < crossover else "hybrid"
         return name, f"built-in rule for {device}: hybrid from {crossover:.0f} tokens at head width {width}"
     alike = length * (known["width"] + 64) / (width + 64)
-    times = {
-        (name, kind): measurement.time_at(known["ms"][name][kind], alike)
-        for name in CANDIDATES
-        for kind in measurement.DIRECTIONS
-    }
+    times = {(name, kind): measurement.time_at(known["ms"][name][kind], alike) for name, kind in wanted}
     # Not known here: whether the layer is causal. The exact one stays until it is slower either way.
     slower = all(times["softmax", kind] > times["hybrid", kind] for kind in measurement.DIRECTIONS)
     told = ", ".join(

@@ -53,7 +53,7 @@ def test_a_measurement_of_this_device_decides():
         lambda text: text[:40],
         lambda text: text.replace('"format": 1', '"format": 2'),
         lambda text: text.replace('"threads": ', '"threads": 1'),
-        lambda text: text.replace('"causal"', '"sideways"'),
+        lambda text: text.replace('"ms"', '"sm"'),
         lambda text: "[]",
     ],
 )
@@ -65,6 +65,13 @@ def test_a_measurement_that_cannot_be_used_is_told_and_left(change, caplog):
         assert chosen(64) == "softmax"
     assert "is not used" in caplog.text
     assert "longspan bench" in caplog.text
+
+
+def test_half_a_measurement_does_not_decide():
+    found = measured(**{"causal": 1e-3, "two-sided": 1e-3})
+    del found["ms"]["hybrid"]["two-sided"]
+    measurement.save("cpu", found)
+    assert chosen(64) == "softmax"
 
 
 def test_other_threads_are_another_device():
