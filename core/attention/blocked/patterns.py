@@ -7,6 +7,7 @@ backward, given the output and the mass of the whole. So nothing but those two i
 
     dilated   every class of positions modulo `step`, as a sequence, under a window of `size`
     strided   the window of `step`, and the rest of the own class modulo `step`
+    blocks    the own block of `step`
     fixed     the own block of `step`, and the last `size` positions of every other (causal: earlier) block
 """
 
@@ -141,10 +142,11 @@ class _Blocks(_Band):
         return F.pad(x, (0, 0, self.first * self.step, -self.after))
 
     def forward(self, q, k, v, mask, slopes, scale):
-        return softmax_forward(q, k, v, mask, None, None, self.causal, scale)
+        return softmax_forward(q, k, v, mask, None, slopes, self.causal, scale)
 
     def backward(self, *saved, scale):
-        return softmax_backward(*saved[:-1], None, None, self.causal, scale, False)[:3]
+        *tensors, slopes = saved
+        return softmax_backward(*tensors, None, slopes, self.causal, scale, False)[:3]
 
 
 class _Summaries(_Blocks):
@@ -192,6 +194,8 @@ def _parts(q: Tensor, k: Tensor, pattern: str, size: int, step: int, causal: boo
     if pattern == "strided":
         parts: list[_Band] = [_Band(queries, keys, step, causal), _Past(queries, keys, 0, step, True)]
         return parts if causal else [*parts, _Future(queries, keys, 0, step, True)]
+    if pattern == "blocks":
+        return [_Blocks(queries, keys, step, causal)]
     return [_Blocks(queries, keys, step, causal), _Summaries(queries, keys, size, step, causal)]
 
 
@@ -215,7 +219,7 @@ def pattern_forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, L, E], log_mass [B, H, L]); slopes only for "dilated". See the head of this file."""
+    """(out [B, H, L, E], log_mass [B, H, L]); slopes only for "dilated" and "blocks". See the head of this file."""
     if 0 in (*q.shape, k.shape[2]):
         mass = torch.full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype), device=q.device)
         return torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device), mass
