@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from core.attention.contract import Heads
+from core.attention import Attention
+from core.attention.contract import Heads, Inputs
 from core.attention.registry import build
 
 
@@ -83,7 +84,7 @@ def agree(got, want, inputs):
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_softmax_under_the_mask(name, options, sees, causal, masked):
     variant = build(name, Heads(4, 2, 4, 3), **options)
-    for length, keys in ((1, 1), (13, 13), (24, 24), *([(1, 14), (6, 17), (2, 3)] if causal else [])):
+    for length, keys in ((1, 1), (13, 13), *([(1, 14), (6, 17), (2, 3)] if causal else [])):
         q, k, v = tensors(length, keys)
         mask = torch.rand(2, keys) > 0.4 if masked else None
         if mask is not None:
@@ -119,6 +120,7 @@ def within_twice_the_plain_error(variant, length, dtype, scale, **given):
 
     def run(kind, backend):
         given_x = [x.detach().to(kind).requires_grad_() for x in exact]
+        given["inputs"] = Inputs(given["inputs"].x.to(kind))
         out = variant.to(kind)(*given_x, backend=backend, **given).out
         assert out.dtype == kind
         loss = out.double().square().sum()
@@ -136,11 +138,17 @@ def within_twice_the_plain_error(variant, length, dtype, scale, **given):
 @pytest.mark.parametrize("scale", [1, 10])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("dilated", {"window": 9, "dilation": 4}), ("strided", {"stride": 16}), ("fixed", {"stride": 16, "summary": 4})],
+    [
+        ("dilated", {"window": 9, "dilation": 4}),
+        ("strided", {"stride": 16}),
+        ("fixed", {"stride": 16, "summary": 4}),
+        ("longformer", {"window": 9, "global_tokens": 2}),
+    ],
 )
 def test_errors_stay_near_those_of_the_dense_formula(name, options, dtype, scale):
     variant = build(name, Heads(4, 2, 16, 8, 64), **options)
-    within_twice_the_plain_error(variant, 150, dtype, scale, causal=True)
+    inputs = Inputs(torch.randn(2, 150, 64).to(dtype).double())
+    within_twice_the_plain_error(variant, 150, dtype, scale, causal=True, inputs=inputs)
 
 
 def test_dilation_one_is_the_window_and_a_long_stride_is_softmax():
@@ -153,6 +161,84 @@ def test_dilation_one_is_the_window_and_a_long_stride_is_softmax():
             torch.testing.assert_close(build(name, Heads(4, 2, 4, 3), **options)(q, k, v, causal=causal), full)
 
 
+GLOBALS = [
+    pytest.param({"window": 3, "global_tokens": 1}, None, id="first"),
+    pytest.param({"window": 2, "global_tokens": 0, "max_global": 4}, [[3, 7, 8], [0]], id="marked"),
+    pytest.param({"window": 4, "global_tokens": 2, "max_global": 3}, [[1, 11], []], id="both"),
+    pytest.param({"window": 1, "global_tokens": 20}, None, id="all"),
+]
+
+
+def marks(rows, length):
+    marked = torch.zeros(len(rows), length, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        marked[b, row] = True
+    return marked
+
+
+@pytest.mark.parametrize(("options", "rows"), GLOBALS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_longformer_by_the_letter(options, rows, causal, masked):
+    variant = build("longformer", Heads(4, 2, 4, 3, 10), **options).double()
+    length = 12
+    q, k, v = tensors(length)
+    x = torch.randn(2, length, 10, dtype=torch.float64, requires_grad=True)
+    given = None if rows is None else marks(rows, length)
+    mask = torch.tensor([[False] * 2 + [True] * 10, [True] * 9 + [False, True, False]]) if masked else None
+    real = torch.ones(2, length, dtype=torch.bool) if mask is None else mask
+    first = [[j for j in range(length) if real[b, j]][: options["global_tokens"]] for b in range(2)]
+    chosen = (marks(first, length) if given is None else marks(first, length) | given) & real
+    assert chosen.any()
+
+    local = torch.zeros(2, 1, length, length, dtype=torch.bool)
+    for b in range(2):
+        for i in range(length):
+            for j in range(length):
+                near = abs(i - j) < options["window"]
+                local[b, 0, i, j] = (near or chosen[b, j]) and real[b, j] and (j <= i or not causal)
+    every = dense(lambda i, j: True, length, length, causal) & real[:, None, None, :]
+    wide = [x @ one.weight.T + one.bias for one in (variant.query, variant.key, variant.value)]
+    wide = [y.unflatten(-1, (heads, -1)).transpose(1, 2) for y, heads in zip(wide, (4, 2, 2))]
+    near, far = by_mask(q, k, v, local), by_mask(*wide, every)
+    row = chosen[:, None, :]
+    want = torch.where(row[..., None], far[0], near[0]), torch.where(row, far[1], near[1])
+    got = variant(q, k, v, causal=causal, key_mask=mask, inputs=Inputs(x, None, given))
+    agree(got, want, (q, k, v, x, *variant.parameters()))
+
+
+def test_gradient_reaches_the_global_projections_and_only_from_global_rows():
+    variant = build("longformer", Heads(2, 2, 4, 4, 8), window=2, global_tokens=0, max_global=3)
+    q, k, v = (x.detach().float() for x in tensors(9, heads=2, values=4))
+    x = torch.randn(2, 9, 8)
+    out = variant(q, k, v, inputs=Inputs(x, None, marks([[4], [2, 6]], 9))).out
+    for at, reached in ((4, True), (3, False)):
+        grads = torch.autograd.grad(out[0, :, at].square().sum(), [*variant.parameters()], retain_graph=True)
+        assert all(
+            grad.any() == reached for name, grad in zip(dict(variant.named_parameters()), grads) if "bias" not in name
+        )
+
+
+def test_global_tokens_in_packs_in_padding_and_beyond_their_room():
+    torch.manual_seed(3)
+    layer = Attention(16, 4, "longformer", num_kv_heads=2, positions="rope", window=3, max_global=2).double()
+    x, marked = torch.randn(1, 20, 16, dtype=torch.float64), marks([[0, 5, 11, 19]], 20)
+    offsets = torch.tensor([0, 8, 20])
+    want = [layer(x[:, a:b], global_mask=marked[:, a:b]) for a, b in ((0, 8), (8, 20))]
+    torch.testing.assert_close(layer(x, cu_seqlens=offsets, global_mask=marked), torch.cat(want, 1))
+    padded = torch.cat((torch.full_like(x[:, :3], torch.nan), x[:, :8], torch.full_like(x[:, :4], torch.nan)), 1)
+    mask = marks([list(range(3, 11))], 15)
+    got = layer(padded, key_mask=mask, global_mask=torch.nn.functional.pad(marked[:, :8], (3, 4), value=True))
+    torch.testing.assert_close(got[:, 3:11], want[0])
+    assert not torch.allclose(want[0], layer(x[:, :8]))
+    with pytest.raises(ValueError, match="more than 2 global tokens in a sequence; raise max_global"):
+        layer(x, global_mask=marked)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x[:, :8], global_mask=marked[:, :8]), want[0])
+    with pytest.raises(RuntimeError, match="more than 2 global tokens"):
+        compiled(x[:, :20], global_mask=marked)
+
+
 def test_bad_options_name_what_is_valid():
     heads = Heads(4, 2, 4, 3, 16)
     for name, options, text in [
@@ -160,11 +246,17 @@ def test_bad_options_name_what_is_valid():
         ("dilated", {"dilation": 0}, r"dilation must be a whole number of at least 1 \(1 = a plain window\), got 0"),
         ("strided", {"stride": 1.5}, r"stride must be a whole number of at least 1, got 1.5"),
         ("fixed", {"stride": 4, "summary": 5}, r"summary must be from 1 to the stride 4, got 5"),
+        ("longformer", {"window": True}, r"window must be a whole number of at least 1 .*, got True"),
+        ("longformer", {"global_tokens": -1}, r"global_tokens must be a whole number of at least 0, got -1"),
         ("fixed", {"stride": 4, "summary": 0}, r"summary must be a whole number of at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=text):
             build(name, heads, **options)
+    with pytest.raises(ValueError, match="'longformer' reads the layer's input"):
+        build("longformer", Heads(4, 2, 4, 3))
     q, k, v = tensors(5, 7)
+    with pytest.raises(ValueError, match=r"longformer needs the layer's input .* got x None, L=5, M=7"):
+        build("longformer", heads)(q, k, v)
     with pytest.raises(ValueError, match=r"needs as many queries as keys .*got L=5, M=7"):
         build("dilated", heads)(q, k, v)
     with pytest.raises(ValueError, match=r"strided attention needs L = M, got L=5, M=7"):
