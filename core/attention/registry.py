@@ -33,6 +33,8 @@ class Entry:
     source: str
     options: dict[str, Any] = field(default_factory=dict)
     module: str = ""
+    pick: str = ""
+    stability: str = ""
 
 
 LAYER_OPTIONS = {"short_conv": 0}
@@ -42,13 +44,15 @@ _registered: dict[str, type] = {}
 _entries: dict[str, Entry] = {}
 
 
-def register(name: str, *, summary: str, source: str) -> Callable[[T], T]:
+def register(name: str, *, summary: str, source: str, pick: str = "", stability: str = "") -> Callable[[T], T]:
     """Class decorator: put a variant into the catalogue under `name`.
 
     Args:
         name: the word users type; lower case, unique.
         summary: one line for `longspan list variants`.
         source: paper or origin.
+        pick: when to choose it, a few words for docs/variants.md.
+        stability: what keeps its numbers in range, or puts them at risk; a few words for the same page.
 
     Raises:
         ValueError: the name is taken by another class.
@@ -65,7 +69,7 @@ def register(name: str, *, summary: str, source: str) -> Callable[[T], T]:
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         cls.name = name
         _registered[name] = cls
-        _entries[name] = Entry(name, summary, source, options, cls.__module__)
+        _entries[name] = Entry(name, summary, source, options, cls.__module__, pick, stability)
         return cls
 
     return keep
@@ -147,7 +151,7 @@ def _shipped() -> dict[str, Entry]:
                     if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
                         name = ast.literal_eval(call.args[0])
                         words = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-                        found[name] = Entry(name, words["summary"], words["source"], _options(node), module)
+                        found[name] = Entry(name, options=_options(node), module=module, **words)
     return found
 
 

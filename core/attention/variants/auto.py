@@ -68,6 +68,8 @@ def _say(line: str) -> None:
     "auto",
     summary="softmax or hybrid, whichever suits the length on this device; chosen once, when built",
     source="this project's rule and measurements (`longspan bench`)",
+    pick="you do not want to choose, and the length is known",
+    stability="that of its choice",
 )
 class AutoAttention(Variant):
     """The variant that suits a length on this device.
