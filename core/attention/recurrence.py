@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.attention.backends import implementation, resolve
-from core.attention.blocked.scan import CHUNK, ROWS, scan
+from core.attention.blocked.scan import CHUNK, scan
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
@@ -148,14 +148,13 @@ class Recurrence(Variant):
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
         h, features, columns = self.heads, self.features, self.columns
         chunk = min(CHUNK[self.kind], max(1, length))
-        pairs = features * (1 + (3 * ROWS / (2 * chunk) if self.kind.startswith("vector") else 0))
-        flops = h.query * (2 * chunk * (pairs + columns) + 2 * features * columns) + h.key * 2 * features * columns
+        flops = h.query * (2 * chunk * (features + columns) + 2 * features * columns) + h.key * 2 * features * columns
         if self.kind.endswith("delta"):
-            flops += h.key * (2 * chunk * pairs + chunk * columns + 2 * features * columns)
+            flops += h.key * (2 * chunk * features + chunk * columns + 2 * features * columns)
         learned = sum(p.numel() for p in self.parameters())
         matrices = sum(p.numel() for p in self.parameters() if p.dim() > 1)
         return Cost(
-            flops=int(batch * length * ((1 if causal else 2) * flops + 2 * matrices)),
+            flops=batch * length * ((1 if causal else 2) * flops + 2 * matrices),
             bytes_moved=batch * element_bytes * length * (h.query + h.key) * (h.width + h.value_width),
             state_bytes=batch * h.key * features * columns * max(4, element_bytes) if causal else 0,
             parameters=learned,
