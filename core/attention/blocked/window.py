@@ -214,6 +214,28 @@ def window_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
+@torch.library.custom_op("longspan::window_top", mutates_args=())
+def window_top(q: Tensor, k: Tensor, key_mask: Tensor | None, window: int, causal: bool, scale: float) -> Tensor:
+    """The key with the highest score in each query's window, [B, H, L]; -1 where it sees none."""
+    top = torch.full(q.shape[:3], -1, dtype=torch.int64, device=q.device)
+    if 0 in (*q.shape, k.shape[2]):
+        return top
+    with full_precision(q.device):
+        band, plan = _plan(q, k, window, causal)
+        for items, spans in plan:
+            runs = _Runs(q, k, k, key_mask, None, scale, band, items)
+            for a, b in spans:
+                best, column = runs.scores(a, b)[0].max(-1, keepdim=True)
+                start = band.first + torch.arange(a, b, device=q.device)[:, None, None] * band.rows
+                runs.put(top[items].unsqueeze(-1), torch.where(best == -torch.inf, -1, column + start), a, b)
+    return top
+
+
+@window_top.register_fake
+def _(q, k, key_mask, window, causal, scale):
+    return q.new_empty(q.shape[:3], dtype=torch.int64)
+
+
 @window_forward.register_fake
 def _(q, k, v, key_mask, slopes, window, causal, scale):
     return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))

@@ -165,7 +165,7 @@ class _Scored(Variant):
     ) -> Attended:
         options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "backend": backend}
         options |= {"dropout": dropout, "return_mass": return_mass}
-        return self.score.attend(*self._prepare(q, k, rotary), v, **options)
+        return self.score.attend(*self._prepare(q, hide(k, key_mask), rotary), v, **options)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         h = self.heads
@@ -174,10 +174,17 @@ class _Scored(Variant):
     def resume(
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
-        q, k = self._prepare(q, k, rotary)
+        q, k = self._prepare(q, hide(k, key_mask), rotary)
         new = extend_ring(state, k, v, key_mask)
         options = {"key_mask": new["mask"], "slopes": slopes, "backend": backend}
         return self.score.attend(q, new["keys"], new["values"], causal=True, **options), new
+
+    def remember(self, k, v, *, key_mask=None, backend="auto") -> State:
+        return super().remember(self.score.keys(hide(k, key_mask)), v, key_mask=key_mask)
+
+    def recall(self, q, state: State, *, backend="auto", inputs=NO_INPUTS) -> Attended:
+        options = {"key_mask": state.get("mask"), "backend": backend}
+        return self.score.attend(self.score.queries(q), state["keys"], state["values"], **options)
 
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
         keys = length if keys is None else keys
