@@ -60,6 +60,20 @@ for _kind in CHUNK:
     implementation(_kind, "torch", serves=("state",))(scan)
 
 
+class GateLinear(nn.Linear):
+    """A linear map in the precision of its input, whatever that of its weights: gates stay float32 in a half model."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias)
+        nn.init.xavier_uniform_(self.weight)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class Recurrence(Variant):
     """A variant whose state is one [F, E] matrix per key head.
 
@@ -128,8 +142,8 @@ class Recurrence(Variant):
     def finish(self, out: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """What was read [B, H, L, E] -> the head's output in the dtype of v."""
         if self.norm is not None:
-            with full_precision(out):
-                out = self.norm(out.to(self.norm.weight.dtype))
+            with full_precision(out):  # and not in float16, which holds no sum above 65504
+                out = F.rms_norm(out, self.norm.normalized_shape, self.norm.weight.to(out.dtype), self.norm.eps)
         if self.gate is not None:
             gate = self.activation(self.gate(_given(inputs, self.name)))
             out = out * gate.unflatten(-1, (self.heads.query, -1)).transpose(1, 2)

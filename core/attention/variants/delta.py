@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.attention.contract import Heads
-from core.attention.recurrence import Recurrence, by_head, log_gate, silent
+from core.attention.recurrence import GateLinear, Recurrence, by_head, log_gate, silent
 from core.attention.registry import register
-from core.attention.variants.gated import StepSizes, LowRank
+from core.attention.variants.gated import LowRank, StepSizes
 
 
 class _Delta(Recurrence):
@@ -38,9 +38,7 @@ class _Delta(Recurrence):
     def __init__(self, heads: Heads, *, negative: bool = False, norm: bool = True, gate: bool = True):
         super().__init__(heads, norm=norm, gate=gate)
         self.most = 2.0 if negative else 1.0
-        self.strength = nn.Linear(heads.input_width(self.name), heads.key)
-        nn.init.xavier_uniform_(self.strength.weight)
-        nn.init.zeros_(self.strength.bias)
+        self.strength = GateLinear(heads.input_width(self.name), heads.key)
 
     def prepare(self, q, k, v, x, key_mask):
         beta = self.most * torch.sigmoid(self.strength(x)).transpose(1, 2)

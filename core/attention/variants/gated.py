@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from core.attention.contract import Heads, repeat_heads
 from core.attention.positions import alibi_slopes
-from core.attention.recurrence import Recurrence, by_head, log_gate, silent
+from core.attention.recurrence import GateLinear, Recurrence, by_head, log_gate, silent
 from core.attention.registry import register
 
 
@@ -156,9 +156,8 @@ class RWKV6Attention(Recurrence):
         super().__init__(heads, norm=norm, gate=gate)
         if gate_rank < 1:
             raise ValueError(f"gate_rank must be at least 1, got {gate_rank}")
-        self.narrow = nn.Linear(heads.input_width("rwkv6"), gate_rank, bias=False)
-        self.wide = nn.Linear(gate_rank, heads.key * heads.width)
-        nn.init.xavier_uniform_(self.narrow.weight)
+        self.narrow = GateLinear(heads.input_width("rwkv6"), gate_rank, bias=False)
+        self.wide = GateLinear(gate_rank, heads.key * heads.width)
         nn.init.zeros_(self.wide.weight)
         with torch.no_grad():  # half-lives from a token to a few hundred, spread over the features of a head
             self.wide.bias.copy_(torch.linspace(-6, -1, heads.width).repeat(heads.key))
@@ -184,8 +183,7 @@ class StepSizes(nn.Module):
 
     def __init__(self, model: int, heads: int):
         super().__init__()
-        self.project = nn.Linear(model, heads, bias=False)
-        nn.init.xavier_uniform_(self.project.weight)
+        self.project = GateLinear(model, heads, bias=False)
         # Delta log-uniform in [1e-3, 1e-1] and A uniform in [1, 16], both spread evenly over the heads.
         even = (torch.arange(heads) + 0.5) / heads
         step = torch.exp(torch.log(torch.tensor(1e-3)) * (1 - even) + torch.log(torch.tensor(1e-1)) * even)
@@ -204,10 +202,7 @@ class LowRank(nn.Module):
 
     def __init__(self, inputs: int, rank: int, outputs: int):
         super().__init__()
-        self.narrow, self.wide = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs)
-        for layer in (self.narrow, self.wide):
-            nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(self.wide.bias)
+        self.narrow, self.wide = GateLinear(inputs, rank, bias=False), GateLinear(rank, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""

@@ -18,10 +18,10 @@ Where we differ:
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.attention.contract import NO_INPUTS, Attended, Cost, Heads, State, repeat_heads
-from core.attention.recurrence import Recurrence, by_head, log_gate
+from core.attention.recurrence import GateLinear, Recurrence, by_head, log_gate
 from core.attention.registry import register
 
 INPUT_GATES = ("exp", "sigmoid")
@@ -49,8 +49,7 @@ class MLSTMAttention(Recurrence):
         if input_gate not in INPUT_GATES:
             raise ValueError(f"input_gate must be one of {', '.join(INPUT_GATES)}, got {input_gate!r}")
         self.input_gate = input_gate
-        self.gates = nn.Linear(heads.input_width("mlstm"), 2 * heads.key)
-        nn.init.xavier_uniform_(self.gates.weight)
+        self.gates = GateLinear(heads.input_width("mlstm"), 2 * heads.key)
         with torch.no_grad():  # at first little is written and nearly nothing forgotten
             forget = torch.linspace(3, 6, heads.key)
             self.gates.bias.copy_(torch.stack((torch.full_like(forget, -10.0), forget), 1).flatten())
