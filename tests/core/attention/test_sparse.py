@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from core.attention import Attention
+from core.attention.blocked import tables
+from core.attention.blocked.patterns import pattern_forward
+from core.attention.blocked.tables import plan, table_forward
 from core.attention.contract import Heads, Inputs
 from core.attention.registry import build
 
@@ -143,6 +146,7 @@ def within_twice_the_plain_error(variant, length, dtype, scale, **given):
         ("strided", {"stride": 16}),
         ("fixed", {"stride": 16, "summary": 4}),
         ("longformer", {"window": 9, "global_tokens": 2}),
+        ("bigbird", {"block": 8}),
     ],
 )
 def test_errors_stay_near_those_of_the_dense_formula(name, options, dtype, scale):
@@ -239,6 +243,79 @@ def test_global_tokens_in_packs_in_padding_and_beyond_their_room():
         compiled(x[:, :20], global_mask=marked)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("near", [0, 1, 2])
+def test_bigbirds_plan_draws_different_blocks_from_those_left(causal, near):
+    drawn = set()
+    for blocks in (9, 12, 40):
+        table = plan(3, blocks, near, 3, 5, causal)
+        for head in range(3):
+            for a in range(1, blocks - 1):
+                read = [block for block in table[head, a].tolist() if block >= 0]
+                assert len(read) == len(set(read))
+                always = {0} | set(range(max(0, a - near), a + 1 if causal else min(blocks, a + near + 1)))
+                always |= set() if causal else {blocks - 1}
+                others = set(range(1, a - near)) | (set() if causal else set(range(a + near + 1, blocks - 1)))
+                assert always <= set(read)
+                assert set(read) - always <= others
+                assert len(set(read) - always) == min(3, len(others))
+        drawn.add(tuple(table[:, -2, :3].flatten().tolist()))
+        assert not torch.equal(table[0], table[1])
+        assert not torch.equal(table, plan(3, blocks, near, 3, 6, causal))
+        assert torch.equal(table, plan(3, blocks, near, 3, 5, causal))
+    assert len(drawn) == 3
+
+
+def test_bigbirds_random_blocks_are_drawn_evenly():
+    table = plan(2000, 24, 1, 3, 0, False)
+    counts = torch.bincount(table[:, 10, :3].flatten(), minlength=24)
+    others = [*range(1, 9), *range(12, 23)]
+    expected = 2000 * 3 / len(others)  # 316; a standard deviation is 16
+    assert counts.sum() == counts[others].sum() == 6000
+    assert (counts[others] - expected).abs().max() < 4.5 * 16
+
+
+def sees_blocks(block, blocks, table):
+    """What one head sees: the ends, everything from the ends, and the table; all of a short sequence."""
+    ends = (0, blocks - 1)
+    return lambda i, j: blocks < 9 or i // block in ends or j // block in ends or j // block in table[i // block]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("budget", [1 << 18, 300])
+def test_bigbird_by_the_letter(causal, masked, budget, monkeypatch):
+    monkeypatch.setattr(tables, "block_elements", lambda device: budget)
+    options = {"block": 3, "window": 3, "random": 2, "seed": 7}
+    variant = build("bigbird", Heads(4, 2, 4, 3), **options)
+    for length in (1, 24, 25, 32):  # 9 blocks and more are sparse
+        blocks = -(-length // 3)
+        q, k, v = tensors(length)
+        table = plan(4, blocks, 1, 2, 7, causal).tolist()
+
+        mask = torch.rand(2, length) > 0.4 if masked else torch.ones(2, length, dtype=torch.bool)
+        mask[:, 0] = True
+        allowed = torch.stack([dense(sees_blocks(3, blocks, one), length, length, causal) for one in table])
+        seen = allowed & mask[:, None, None, :]
+        got = variant(q, k, v, causal=causal, key_mask=mask if masked else None)
+        agree(got, by_mask(q, k, v, seen), (q, k, v))
+        pairs = int(allowed.sum())
+        assert variant.cost(2, length, causal=causal).flops == 2 * 2 * pairs * (4 + 3)
+    short = build("softmax", Heads(4, 2, 4, 3))(*(x[:, :, :24] for x in (q, k, v)), causal=causal).out
+    torch.testing.assert_close(variant(*(x[:, :, :24] for x in (q, k, v)), causal=causal).out, short)
+
+
+def test_bigbird_draws_the_same_in_every_build_and_mode():
+    q, k, v = (x.detach() for x in tensors(60))
+    options = {"block": 4, "random": 2}
+    first = build("bigbird", Heads(4, 2, 4, 3), **options).train()
+    torch.manual_seed(99)
+    second = build("bigbird", Heads(4, 2, 4, 3), **options).eval()
+    assert torch.equal(first(q, k, v).out, second(q, k, v).out)
+    other = build("bigbird", Heads(4, 2, 4, 3), seed=1, **options)
+    assert not torch.allclose(first(q, k, v).out, other(q, k, v).out)
+
+
 def test_bad_options_name_what_is_valid():
     heads = Heads(4, 2, 4, 3, 16)
     for name, options, text in [
@@ -246,6 +323,9 @@ def test_bad_options_name_what_is_valid():
         ("dilated", {"dilation": 0}, r"dilation must be a whole number of at least 1 \(1 = a plain window\), got 0"),
         ("strided", {"stride": 1.5}, r"stride must be a whole number of at least 1, got 1.5"),
         ("fixed", {"stride": 4, "summary": 5}, r"summary must be from 1 to the stride 4, got 5"),
+        ("bigbird", {"window": 4}, "window counts blocks around the own one and must be odd, got 4"),
+        ("bigbird", {"block": 0}, "block must be a whole number of at least 1, got 0"),
+        ("bigbird", {"random": -1}, "random must be a whole number of at least 0, got -1"),
         ("longformer", {"window": True}, r"window must be a whole number of at least 1 .*, got True"),
         ("longformer", {"global_tokens": -1}, r"global_tokens must be a whole number of at least 0, got -1"),
         ("fixed", {"stride": 4, "summary": 0}, r"summary must be a whole number of at least 1, got 0"),
@@ -263,3 +343,22 @@ def test_bad_options_name_what_is_valid():
         build("strided", heads)(q, k, v)
     with pytest.raises(ValueError, match=r"fixed attention needs L <= M, got L=7, M=5"):
         build("fixed", heads)(*tensors(7, 5), causal=True)
+    with pytest.raises(ValueError, match=r"bigbird needs as many queries as keys, got L=5, M=7"):
+        build("bigbird", heads)(q, k, v)
+
+
+def test_opcheck():
+    def leaves():
+        return [torch.randn(1, heads, 11, 4, requires_grad=True) for heads in (4, 2, 2)]
+
+    mask, slopes = torch.rand(1, 11) > 0.3, torch.ones(4)
+    calls = [
+        (pattern_forward, (*leaves(), mask, slopes, "dilated", 2, 3, True, 0.5)),
+        (pattern_forward, (*leaves(), mask, None, "strided", 0, 3, False, 0.5)),
+        (pattern_forward, (*leaves(), None, None, "fixed", 2, 3, True, 0.5)),
+        (table_forward, (*leaves(), mask, 1, 1, 2, 0, True, 0.5)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(
+            op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        )
