@@ -82,8 +82,9 @@ def reference(
         least = floor * unit * (seen & ~near & side).sum(-1, keepdim=True)
         share = weight / torch.maximum(weight, least).masked_fill(weight == 0, 1.0)
         tail_weights = torch.where(side, tail_weights * share, tail_weights)
-    out = (near_weights + tail_weights) @ v / whole.unsqueeze(-1)
-    return Attended(out, whole.log().masked_fill(empty, -torch.inf))
+    weights = near_weights + tail_weights
+    out = weights @ v.to(weights.dtype) / whole.unsqueeze(-1)
+    return Attended(out.to(v.dtype), whole.log().masked_fill(empty, -torch.inf))
 
 
 def hybrid_attention(

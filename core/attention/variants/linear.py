@@ -51,11 +51,11 @@ def reference(fq, fk, v, seen, normalize=True, floor=0.0) -> Attended:
     a = fq @ fk.transpose(-1, -2) * seen
     mass = a.sum(-1).clamp(min=0)  # 1 + cos of opposite vectors may round below 0
     empty = mass == 0
-    out = a @ v
+    out = a @ v.to(a.dtype)
     if normalize:
         least = floor * (seen != 0).sum(-1, dtype=mass.dtype)
         out = out / torch.maximum(mass, least).masked_fill(empty, 1.0).unsqueeze(-1)
-    return Attended(out, mass.masked_fill(empty, 1.0).log().masked_fill(empty, -torch.inf))
+    return Attended(out.to(v.dtype), mass.masked_fill(empty, 1.0).log().masked_fill(empty, -torch.inf))
 
 
 def linear_attention(
