@@ -20,6 +20,8 @@ SMALL = {
     "stride": 2,
     "summary": 1,
     "dilation": 3,
+    "buckets": 4,
+    "rounds": 2,
     "segment": 5,
     "rank": 5,
     "max_length": 4096,
