@@ -207,6 +207,7 @@ class Variant(nn.Module):
     growth: how its cost grows with the length: "linear", "log-linear", "root" (L^1.5) or "quadratic".
     uncompiled: why torch.compile(fullgraph=True) cannot take it; "" where it can.
     tied: names of parameters that all layers of a stack share; `core.backbone` makes them one.
+    unread: names of parts of the layer that it does not read; they are frozen, for no gradient would reach them.
     """
 
     name: ClassVar[str]
@@ -216,6 +217,7 @@ class Variant(nn.Module):
     growth: ClassVar[str] = "linear"
     uncompiled: ClassVar[str] = ""
     tied: tuple[str, ...] = ()
+    unread: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, heads: Heads):
         super().__init__()

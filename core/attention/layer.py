@@ -110,6 +110,9 @@ class Attention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             if bias:
                 nn.init.zeros_(layer.bias)
+        for name, part in self.named_modules():
+            if name in self.variant.unread:
+                part.requires_grad_(False)  # data-parallel training would wait for its gradient
 
     def forward(
         self,
