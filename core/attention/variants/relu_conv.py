@@ -73,6 +73,8 @@ class ReluConvAttention(Variant):
 
     def __init__(self, heads: Heads, *, scales: tuple[int, ...] = (5,)):
         super().__init__(heads)
+        if not isinstance(scales, tuple | list):
+            raise ValueError(f"scales must be a list of odd numbers, got {scales!r}")
         self.scales = tuple(scales)
         for taps in self.scales:
             check_taps("each of scales", taps)
