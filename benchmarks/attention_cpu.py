@@ -30,6 +30,7 @@ from core.attention import (
     linear_attention,
     sliding_window_attention,
 )
+from core.attention.measurement import processor
 
 HEADS, WIDTH, WINDOW = 8, 64, 64
 VARIANTS = {
@@ -145,19 +146,31 @@ def slope() -> list[dict]:
 
 
 MEMORY_PROGRAM = """
-import sys, torch
-from benchmarks.attention_cpu import VARIANTS, inputs
+import sys
+from importlib import import_module
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-name, causal, length = sys.argv[1], sys.argv[2] == "1", int(sys.argv[3])
-small = inputs(64, grad=True)
-torch.autograd.grad(VARIANTS[name](*small, causal=causal).sum(), small)  # libraries load before the zero is taken
-x = inputs(length, grad=True)
+module, length, *given = sys.argv[1:]
+work = import_module(module).work
+work(64, *given)()  # libraries load before the zero is taken
+run = work(int(length), *given)
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark falls to what is resident now (Linux)
 before = kilobytes("VmRSS")
-torch.autograd.grad(VARIANTS[name](*x, causal=causal).sum(), x)
+run()
 print((kilobytes("VmHWM") - before) * 1024)
 """
+
+
+def peak_bytes(module: str, length: int, *given: str) -> int:
+    """Peak memory above the inputs of `module.work(length, *given)()`, in a process of its own."""
+    command = [sys.executable, "-c", MEMORY_PROGRAM, module, str(length), *given]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def work(length: int, name: str, causal: str):
+    """Forward and backward of a variant, its inputs made."""
+    x = inputs(length, grad=True)
+    return lambda: torch.autograd.grad(VARIANTS[name](*x, causal=causal == "1").sum(), x)
 
 
 def memory() -> list[dict]:
@@ -165,10 +178,7 @@ def memory() -> list[dict]:
     rows = []
     for name in VARIANTS:
         for causal in (False, True):
-            peaks = []
-            for length in LENGTHS:
-                command = [sys.executable, "-c", MEMORY_PROGRAM, name, str(int(causal)), str(length)]
-                peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            peaks = [peak_bytes("benchmarks.attention_cpu", length, name, str(int(causal))) for length in LENGTHS]
             found = exponent(LENGTHS, peaks)
             extra = {"peak_bytes": dict(zip(map(str, LENGTHS), peaks))}
             rows.append(
@@ -240,7 +250,7 @@ def row(what, variant, causal, value, bar, ok, **extra) -> dict:
     }
     verdict = "" if ok is None else ("ok" if ok else "BELOW THE BAR")
     kind = "causal" if causal else "two-sided"
-    print(f"{what:36} {variant:8} {kind:10} {value:10.2f}   {bar:9} {verdict}", flush=True)
+    print(f"{what:36} {variant:12} {kind:10} {value:10.2f}   {bar:9} {verdict}", flush=True)
     return entry
 
 
@@ -257,29 +267,17 @@ def main() -> None:
     torch.manual_seed(0)
     check()
     rows = [one for part in given.only for one in PARTS[part]()]
-    if given.out:
+    finish(rows, given.out, heads=HEADS, width=WIDTH, window=WINDOW)
+
+
+def finish(rows: list[dict], out: Path | None, **sizes) -> None:
+    """Write rows and environment where asked to, and leave with status 1 if a figure is below its bar."""
+    if out:
         machine = {"date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version()}
-        machine |= {
-            "processor": processor(),
-            "threads": given.threads,
-            "heads": HEADS,
-            "width": WIDTH,
-            "window": WINDOW,
-        }
-        given.out.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
+        machine |= {"processor": processor(), "threads": torch.get_num_threads(), **sizes}
+        out.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
     if any(one["ok"] is False for one in rows):
         raise SystemExit("some figures are below their bar")
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
