@@ -188,8 +188,8 @@ State = dict[str, Tensor]
 class Variant(nn.Module):
     """One attention mechanism, between the projections and the output of `Attention`.
 
-    A subclass declares what it can do and implements `forward`; a recurrent one also `init_state` and `resume`; one that
-    can cross and needs less than all keys afterwards also `remember` and `recall`.
+    A subclass declares what it can do and implements `forward`; a recurrent one also `init_state` and `resume`; one
+    that can cross and needs less than all keys afterwards also `remember` and `recall`.
 
     can: out of
         causal         query i sees keys j <= i + M - L
@@ -206,6 +206,7 @@ class Variant(nn.Module):
         padding belongs on the right; "length", so it is applied to whole sequences without padding.
     growth: how its cost grows with the length: "linear", "log-linear", "root" (L^1.5) or "quadratic".
     uncompiled: why torch.compile(fullgraph=True) cannot take it; "" where it can.
+    moving: attributes that every pass in training changes (counters of draws); a recomputed pass finds them as it did.
     tied: names of parameters that all layers of a stack share; `core.backbone` makes them one.
     unread: names of parts of the layer that it does not read; they are frozen, for no gradient would reach them.
     """
@@ -216,6 +217,7 @@ class Variant(nn.Module):
     anchor: ClassVar[str] = ""
     growth: ClassVar[str] = "linear"
     uncompiled: ClassVar[str] = ""
+    moving: ClassVar[tuple[str, ...]] = ()
     tied: tuple[str, ...] = ()
     unread: ClassVar[frozenset[str]] = frozenset()
 

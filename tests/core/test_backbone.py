@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from core.attention.contract import state_bytes
+from core.attention.variants.hard import reinforce_loss
 from core.backbone import Decoder, Encoder
 from core.layout import expand_layout
 
@@ -79,6 +80,40 @@ def test_recomputation_changes_memory_not_numbers():
         encoder(x).square().sum().backward()
         gradients.append([p.grad for p in encoder.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_recomputation_draws_what_the_first_pass_drew():
+    torch.manual_seed(3)
+    plain = Encoder(16, 2, 2, {"variant": "hard"}).double()
+    saving = Encoder(16, 2, 2, {"variant": "hard"}, checkpoint=True).double()
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    for _ in range(2):
+        gradients = []
+        for encoder in (plain, saving):
+            encoder.zero_grad()
+            y = torch.cat((encoder(x), encoder(x + 1)))  # two passes before one backward
+            y.sin().sum().backward()
+            gradients.append([y, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+        assert len(gradients[0]) > 10
+        for mine, theirs in zip(*gradients):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    for mine, theirs in zip(plain.buffers(), saving.buffers()):
+        assert torch.equal(mine, theirs)
+
+
+def test_recomputation_leaves_the_reinforce_loss_alone():
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(3)
+        encoder = Encoder(16, 2, 2, {"variant": "hard", "estimator": "reinforce"}, checkpoint=checkpoint).double()
+        for _ in range(2):
+            encoder.zero_grad()
+            y = encoder(torch.ones(2, 6, 16, dtype=torch.float64).cumsum(1))
+            (y.sin().sum() + reinforce_loss(encoder, y[:, 0, 0])).backward()
+        found.append([p.grad for p in encoder.parameters()])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_the_decoder_reads_its_context_and_decodes_stepwise():

@@ -110,6 +110,7 @@ class HardAttention(Variant):
     can = frozenset({"causal", "bidirectional", "cross", "recurrent"})
     positions = frozenset({"rope", "alibi"})
     growth = "quadratic"
+    moving = ("draws", "auxiliary", "passes")
     draws: Tensor
     temperature: Tensor
     baseline: Tensor
