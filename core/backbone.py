@@ -19,23 +19,14 @@ from core.attention.layer import Attention
 from core.attention.positions import LearnedPositions, sinusoidal
 from core.attention.registry import nearest
 from core.layout import expand_layout
+from core.mlp import MLP, MLPS, MixMLP
 
 INPUT_POSITIONS = ("sinusoidal", "learned")
 POSITIONS = (*INPUT_POSITIONS, "rope", "rope2d", "alibi")
 CONTEXT = "context_"
 """What a block's state holds for cross-attention has names that start so."""
-
-
-class MLP(nn.Sequential):
-    """Two linear maps with a GELU between them, applied to each position."""
-
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
-        outer, inner = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        super().__init__(outer, nn.GELU(), nn.Dropout(dropout), inner)
-        self.hidden = hidden
-        for layer in (outer, inner):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+MIXED = "mlp_before"
+"""What it holds for the convolution of its MLP."""
 
 
 class Block(nn.Module):
@@ -44,7 +35,7 @@ class Block(nn.Module):
     Args:
         dim: C.   heads: number of heads.   attention: `{"variant": name, **options}`.
         cross: the same for cross-attention; None: no cross-attention.
-        mlp_dim: hidden width of the MLP.
+        mlp_dim: hidden width of the MLP.   mlp: "gelu", or "mix" for one with a convolution, see `core.mlp`.
         dropout: on each branch before it is added.
         **layer: further arguments of the self-attention (`causal`, `positions`, `qk_norm`, `num_kv_heads`, `backend`).
     """
@@ -56,6 +47,7 @@ class Block(nn.Module):
         attention: Mapping[str, Any],
         *,
         mlp_dim: int,
+        mlp: str = "gelu",
         dropout: float = 0.0,
         cross: Mapping[str, Any] | None = None,
         **layer,
@@ -70,7 +62,10 @@ class Block(nn.Module):
             self.cross = Attention(dim, heads, **cross, **shared)
             self.cross._require("cross")
         self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, mlp_dim, dropout)
+        if mlp not in MLPS:
+            raise ValueError(f"unknown mlp {mlp!r}{nearest(mlp, MLPS)}; known: {', '.join(MLPS)}")
+        causal = self.attention.causal
+        self.mlp = MLP(dim, mlp_dim, dropout) if mlp == "gelu" else MixMLP(dim, mlp_dim, dropout, causal)
         self.drop = nn.Dropout(dropout)
 
     def forward(
@@ -82,10 +77,19 @@ class Block(nn.Module):
         context_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         coordinates: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """[B, L, C] -> [B, L, C]; context [B, M, C] for a block with cross-attention."""
-        y = self.attention(self.attention_norm(x), key_mask=key_mask, cu_seqlens=cu_seqlens, coordinates=coordinates)
-        return self._rest(x + self.drop(y), context, context_mask)
+        """[B, L, C] -> [B, L, C]; context [B, M, C] for a block with cross-attention; the rest as in `Attention`."""
+        if cu_seqlens is not None and isinstance(self.mlp, MixMLP):
+            raise ValueError("mlp='mix' looks at neighbours, which in a pack may be another sequence's; use key_mask")
+        where = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "coordinates": coordinates, "grid": grid}
+        x = self._crossed(x + self.drop(self.attention(self.attention_norm(x), **where)), context, context_mask)
+        return self._mixed(x, key_mask, grid)[0]
+
+    def init_state(self, batch_size: int) -> State:
+        """The decoding state before the first token."""
+        state = self.attention.init_state(batch_size)
+        return {**state, MIXED: self.mlp.init_state(batch_size)} if isinstance(self.mlp, MixMLP) else state
 
     def remember(self, context: Tensor, context_mask: Tensor | None = None) -> State:
         """What cross-attention needs of a context [B, M, C], to join the block's state."""
@@ -98,11 +102,20 @@ class Block(nn.Module):
         """Causal continuation of x [B, L, C] from `state`; gives (y, new state)."""
         kept = {name: tensor for name, tensor in state.items() if name.startswith(CONTEXT)}
         y, new = self.attention.prefill(
-            self.attention_norm(x), {name: tensor for name, tensor in state.items() if name not in kept}
+            self.attention_norm(x),
+            {name: tensor for name, tensor in state.items() if name not in kept and name != MIXED},
         )
-        return self._rest(x + self.drop(y), context, context_mask, kept), {**new, **kept}
+        x = self._crossed(x + self.drop(y), context, context_mask, kept)
+        y, last = self._mixed(x, before=state.get(MIXED))
+        return y, {**new, **kept, **({} if last is None else {MIXED: last})}
 
-    def _rest(
+    def _mixed(self, x: Tensor, mask=None, grid=None, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x with the MLP's branch, and what that keeps while decoding."""
+        y = self.mlp_norm(x)
+        y, last = self.mlp(y, mask, grid, before) if isinstance(self.mlp, MixMLP) else (self.mlp(y), None)
+        return x + self.drop(y), last
+
+    def _crossed(
         self, x: Tensor, context: Tensor | None, context_mask: Tensor | None, kept: State | None = None
     ) -> Tensor:
         if self.cross is not None and self.cross_norm is not None:
@@ -116,7 +129,7 @@ class Block(nn.Module):
             else:
                 y = self.cross(y, context, key_mask=context_mask)
             x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.mlp_norm(x)))
+        return x
 
 
 class _Stack(nn.Module):
@@ -133,6 +146,7 @@ class _Stack(nn.Module):
         causal,
         positions,
         mlp_dim,
+        mlp,
         dropout,
         qk_norm,
         checkpoint,
@@ -159,6 +173,7 @@ class _Stack(nn.Module):
                 heads,
                 chosen,
                 mlp_dim=mlp_dim or 4 * dim,
+                mlp=mlp,
                 dropout=dropout,
                 cross=cross,
                 causal=causal,
@@ -185,13 +200,15 @@ class _Stack(nn.Module):
             parts = [block.attention.cost(batch, length)]
             if block.cross is not None:
                 parts.append(block.cross.cost(batch, length, length if context is None else context))
-            parts.append(Cost(flops=4 * batch * length * self.dim * block.mlp.hidden))
+            parts.append(Cost(flops=batch * block.mlp.flops(length)))
+            if isinstance(block.mlp, MixMLP) and parts[0].state_bytes:
+                parts.append(Cost(state_bytes=batch * block.mlp.init_state(1).nbytes))
             total = sum((Cost(p.flops, p.bytes_moved, p.state_bytes) for p in parts), total)
         return total
 
     def init_state(self, batch_size: int) -> list[State]:
         """One decoding state per layer."""
-        return [block.attention.init_state(batch_size) for block in self]
+        return [block.init_state(batch_size) for block in self]
 
     def prefill(
         self, x: Tensor, states: list[State], context: Tensor | None = None, context_mask: Tensor | None = None
@@ -303,6 +320,7 @@ class Encoder(_Stack):
         causal: a position sees its past only; then `init_state`, `prefill` and `step` decode.
         positions: None, "sinusoidal", "learned" (added to the input), "rope", "rope2d", "alibi" (inside attention).
         mlp_dim: hidden width of the MLP, default 4 dim.
+        mlp: "gelu", or "mix" for one that also mixes neighbours, see `core.mlp`; not for packs.
         dropout: on every branch and on the positioned input.
         qk_norm: RMS-normalise queries and keys.
         checkpoint: recompute each block in the backward pass: memory of one block instead of `depth`.
@@ -324,6 +342,7 @@ class Encoder(_Stack):
         causal: bool = False,
         positions: str | None = None,
         mlp_dim: int | None = None,
+        mlp: str = "gelu",
         dropout: float = 0.0,
         qk_norm: bool = False,
         checkpoint: bool = False,
@@ -340,6 +359,7 @@ class Encoder(_Stack):
             causal=causal,
             positions=positions,
             mlp_dim=mlp_dim,
+            mlp=mlp,
             dropout=dropout,
             qk_norm=qk_norm,
             checkpoint=checkpoint,
@@ -355,10 +375,15 @@ class Encoder(_Stack):
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         coordinates: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Encode x [B, L, C]; key_mask bool [B, L], True where a token is real; cu_seqlens [N + 1] for packs."""
+        """Encode x [B, L, C].
+
+        key_mask bool [B, L], True where a token is real; cu_seqlens [N + 1] for packs; grid (rows, columns) of an image
+        whose tokens are the last of x.
+        """
         x = self._place(x, key_mask, cu_seqlens)
-        return self._run(x, key_mask=key_mask, cu_seqlens=cu_seqlens, coordinates=coordinates)
+        return self._run(x, key_mask=key_mask, cu_seqlens=cu_seqlens, coordinates=coordinates, grid=grid)
 
 
 class Decoder(_Stack):
@@ -380,6 +405,7 @@ class Decoder(_Stack):
         layout: str | None = None,
         positions: str | None = None,
         mlp_dim: int | None = None,
+        mlp: str = "gelu",
         dropout: float = 0.0,
         qk_norm: bool = False,
         checkpoint: bool = False,
@@ -396,6 +422,7 @@ class Decoder(_Stack):
             causal=True,
             positions=positions,
             mlp_dim=mlp_dim,
+            mlp=mlp,
             dropout=dropout,
             qk_norm=qk_norm,
             checkpoint=checkpoint,
