@@ -55,16 +55,16 @@ class Probe:
     name: str
     draw: Callable[[int, float, "Probe", torch.Generator], tuple[Tensor, Tensor]]
     levels: tuple[float, ...]
-    length: int = 64
+    length: int = 80
     keys: int = 32
     values: int = 32
     dim: int = 64
-    heads: int = 2
+    heads: int = 1
     depth: int = 2
     taps: int = 2
     steps: int = 200
     rows: int = 32
-    lr: float = 4e-3
+    lr: float = 1e-2
 
 
 def draw_pairs(rows: int, level: float, probe: Probe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def draw_needle(rows: int, level: float, probe: Probe, generator: torch.Generato
 
 
 PROBES = {
-    "pairs": Probe("pairs", draw_pairs, levels=(2, 4, 8, 16)),
+    "pairs": Probe("pairs", draw_pairs, levels=(4, 8, 16, 24)),
     "needle": Probe("needle", draw_needle, levels=(0.0, 0.25, 0.5, 0.75, 1.0)),
 }
 
@@ -144,7 +144,7 @@ def train(attention: Mapping[str, Any], probe: Probe, seed: int = 0, device: str
         model = Recaller(attention, probe).to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=probe.lr, weight_decay=0.0)
-    warmup = probe.steps // 5
+    warmup = max(1, probe.steps // 5)
     cosine = [0.5 * (1 + math.cos(math.pi * step / probe.steps)) for step in range(probe.steps)]
     model.train()
     for step in range(probe.steps):
