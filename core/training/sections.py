@@ -102,6 +102,8 @@ class BackboneSection(Section):
     """Word over the letters of `attention`, repeated over the depth, such as lls; null: every layer is alike."""
     mlp_dim: int | None = Field(default=None, ge=1)
     """Width of the MLP inside a block; null: 4 * dim."""
+    mlp: Literal["gelu", "mix"] = "gelu"
+    """What follows attention: a plain MLP, or one whose gate also looks at the neighbours (a convolution)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of activations dropped in training."""
     positions: str | None = None
