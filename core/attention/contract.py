@@ -339,8 +339,14 @@ def hide(x: Tensor, key_mask: Tensor | None) -> Tensor:
     return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, 0.0)
 
 
+def check_whole(name: str, value: int, least: int = 1, what: str = "") -> None:
+    """Raise ValueError unless the option `name` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}{what}, got {value!r}")
+
+
 def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, slopes: Tensor | None = None
+x    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, slopes: Tensor | None = None
 ) -> Heads:
     """Raise ValueError with expected and given unless q, k, v, mask and slopes fit; give the head geometry."""
     for name, x in (("q", q), ("k", k), ("v", v)):
