@@ -346,7 +346,7 @@ def check_whole(name: str, value: int, least: int = 1, what: str = "") -> None:
 
 
 def check_inputs(
-x    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, slopes: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, slopes: Tensor | None = None
 ) -> Heads:
     """Raise ValueError with expected and given unless q, k, v, mask and slopes fit; give the head geometry."""
     for name, x in (("q", q), ("k", k), ("v", v)):
