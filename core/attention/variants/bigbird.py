@@ -29,13 +29,13 @@ from core.attention.contract import (
     Heads,
     Variant,
     check_inputs,
+    check_whole,
     hide,
     repeat_heads,
     visible,
 )
 from core.attention.registry import register
 from core.attention.variants import softmax
-from core.attention.variants.dilated import check_whole
 
 
 def reference(q, k, v, block, near, random, seed, causal, key_mask) -> Attended:

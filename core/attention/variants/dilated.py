@@ -30,6 +30,7 @@ from core.attention.contract import (
     State,
     Variant,
     check_inputs,
+    check_whole,
     hide,
     repeat_heads,
     visible,
@@ -72,12 +73,6 @@ def _reference(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
 def _torch(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
     scale = q.shape[-1] ** -0.5
     return Attended(*pattern_forward(q, k, v, key_mask, slopes, "dilated", width, dilation, causal, scale))
-
-
-def check_whole(name: str, value: int, least: int = 1, what: str = "") -> None:
-    """Raise ValueError unless the option is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}{what}, got {value!r}")
 
 
 @register(

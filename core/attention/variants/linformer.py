@@ -32,12 +32,12 @@ from core.attention.contract import (
     Variant,
     accumulator,
     check_inputs,
+    check_whole,
     hide,
     repeat_heads,
 )
 from core.attention.registry import nearest, register
 from core.attention.variants import softmax
-from core.attention.variants.dilated import check_whole
 
 SHARING = ("none", "headwise", "key_value", "layerwise")
 

@@ -37,6 +37,7 @@ from core.attention.contract import (
     Variant,
     accumulator,
     check_inputs,
+    check_whole,
     hide,
     merge,
     repeat_heads,
@@ -45,7 +46,6 @@ from core.attention.contract import (
 from core.attention.positions import Rotation
 from core.attention.registry import register
 from core.attention.variants import softmax, window
-from core.attention.variants.dilated import check_whole
 
 
 def reference(local, wide, width, marked, causal, key_mask) -> Attended:

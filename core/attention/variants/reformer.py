@@ -39,13 +39,13 @@ from core.attention.contract import (
     Variant,
     accumulator,
     check_inputs,
+    check_whole,
     hide,
     repeat_heads,
     visible,
 )
 from core.attention.registry import register
 from core.attention.variants import softmax, window
-from core.attention.variants.dilated import check_whole
 
 
 def reference(q, k, v, codes, width, causal, key_mask) -> Attended:

@@ -40,13 +40,13 @@ from core.attention.contract import (
     State,
     Variant,
     check_inputs,
+    check_whole,
     hide,
     repeat_heads,
     visible,
 )
 from core.attention.registry import register
 from core.attention.variants import softmax, window
-from core.attention.variants.dilated import check_whole
 
 
 def reference(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
