@@ -30,7 +30,11 @@ LENGTHS = (256, 1024, 4096, 16384)
 LIMIT_MS = 4000.0  # a length that would take longer is left out: `auto` draws the line on
 ROUNDS = 5
 SPEED = (*CANDIDATES, "window", "linear")
-RECALL = ("softmax", "window:window=16", "linear", "linear:feature_map=taylor", "hybrid:window=16", "based")
+RECALL = (
+    *("softmax", "window:window=16", "hybrid:window=16", "based"),
+    *("linear", "linear:feature_map=taylor", "linear:feature_map=hedgehog"),
+    *("retnet", "ssd", "gla", "mlstm", "delta", "gated_delta"),
+)
 """What is measured where nothing is asked for; a window as long as the probe's sequences would be softmax."""
 
 
