@@ -203,3 +203,14 @@ def test_cost_adds_up():
     one = encoder.blocks[0].attention.cost(2, 20)
     assert cost.flops == 3 * (one.flops + 4 * 2 * 20 * 16 * 64)
     assert cost.state_bytes == 3 * one.state_bytes
+
+
+def test_global_tokens_reach_the_layers_that_take_them():
+    attention = {"s": {"variant": "softmax"}, "f": {"variant": "longformer", "window": 2, "global_tokens": 0}}
+    encoder = Encoder(16, 2, 2, attention, layout="fs").eval()
+    x = torch.randn(1, 12, 16)
+    marked = torch.zeros(1, 12, dtype=torch.bool)
+    marked[:, 9] = True
+    assert not torch.allclose(encoder(x, global_mask=marked), encoder(x))
+    with pytest.raises(ValueError, match="global_mask: no layer here takes global tokens; longformer does"):
+        Encoder(16, 2, 2, {"variant": "softmax"})(x, global_mask=marked)

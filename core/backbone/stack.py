@@ -1,6 +1,4 @@
-"""Pre-norm stacks around `Attention`: a block, an encoder (bidirectional or causal), a decoder with cross-attention.
-
-    x = x + dropout(attention(norm(x)));   [x = x + dropout(cross(norm(x), context));]   x = x + dropout(mlp(norm(x)))
+"""Stacks of pre-norm blocks around `Attention`: an encoder (bidirectional or causal), a decoder with cross-attention.
 
 Which attention stands in which layer is a word, see `core.layout`.
 """
@@ -15,121 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from core.attention.contract import Cost, State, Variant
-from core.attention.layer import Attention
 from core.attention.positions import LearnedPositions, sinusoidal
-from core.attention.registry import nearest
+from core.attention.registry import available, nearest, variant_class
+from core.backbone.block import Block
+from core.backbone.mlp import MixMLP
 from core.layout import expand_layout
-from core.mlp import MLP, MLPS, MixMLP
 
 INPUT_POSITIONS = ("sinusoidal", "learned")
 POSITIONS = (*INPUT_POSITIONS, "rope", "rope2d", "alibi")
-CONTEXT = "context_"
-"""What a block's state holds for cross-attention has names that start so."""
-MIXED = "mlp_before"
-"""What it holds for the convolution of its MLP."""
-
-
-class Block(nn.Module):
-    """One pre-norm layer: self-attention, optional cross-attention, MLP.
-
-    Args:
-        dim: C.   heads: number of heads.   attention: `{"variant": name, **options}`.
-        cross: the same for cross-attention; None: no cross-attention.
-        mlp_dim: hidden width of the MLP.   mlp: "gelu", or "mix" for one with a convolution, see `core.mlp`.
-        dropout: on each branch before it is added.
-        **layer: further arguments of the self-attention (`causal`, `positions`, `qk_norm`, `num_kv_heads`, `backend`).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        attention: Mapping[str, Any],
-        *,
-        mlp_dim: int,
-        mlp: str = "gelu",
-        dropout: float = 0.0,
-        cross: Mapping[str, Any] | None = None,
-        **layer,
-    ):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads, **attention, **layer)
-        self.cross_norm = self.cross = None
-        if cross is not None:
-            self.cross_norm = nn.LayerNorm(dim)
-            shared = {key: layer[key] for key in ("qk_norm", "num_kv_heads", "backend") if key in layer}
-            self.cross = Attention(dim, heads, **cross, **shared)
-            self.cross._require("cross")
-        self.mlp_norm = nn.LayerNorm(dim)
-        if mlp not in MLPS:
-            raise ValueError(f"unknown mlp {mlp!r}{nearest(mlp, MLPS)}; known: {', '.join(MLPS)}")
-        causal = self.attention.causal
-        self.mlp = MLP(dim, mlp_dim, dropout) if mlp == "gelu" else MixMLP(dim, mlp_dim, dropout, causal)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        key_mask: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        coordinates: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """[B, L, C] -> [B, L, C]; context [B, M, C] for a block with cross-attention; the rest as in `Attention`."""
-        if cu_seqlens is not None and isinstance(self.mlp, MixMLP):
-            raise ValueError("mlp='mix' looks at neighbours, which in a pack may be another sequence's; use key_mask")
-        where = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "coordinates": coordinates, "grid": grid}
-        x = self._crossed(x + self.drop(self.attention(self.attention_norm(x), **where)), context, context_mask)
-        return self._mixed(x, key_mask, grid)[0]
-
-    def init_state(self, batch_size: int) -> State:
-        """The decoding state before the first token."""
-        state = self.attention.init_state(batch_size)
-        return {**state, MIXED: self.mlp.init_state(batch_size)} if isinstance(self.mlp, MixMLP) else state
-
-    def remember(self, context: Tensor, context_mask: Tensor | None = None) -> State:
-        """What cross-attention needs of a context [B, M, C], to join the block's state."""
-        if self.cross is None:
-            raise ValueError("this block has no cross-attention to remember a context for")
-        kept = self.cross.remember(context, key_mask=context_mask)
-        return {f"{CONTEXT}{name}": tensor for name, tensor in kept.items()}
-
-    def prefill(self, x: Tensor, state: State, context: Tensor | None = None, context_mask: Tensor | None = None):
-        """Causal continuation of x [B, L, C] from `state`; gives (y, new state)."""
-        kept = {name: tensor for name, tensor in state.items() if name.startswith(CONTEXT)}
-        y, new = self.attention.prefill(
-            self.attention_norm(x),
-            {name: tensor for name, tensor in state.items() if name not in kept and name != MIXED},
-        )
-        x = self._crossed(x + self.drop(y), context, context_mask, kept)
-        y, last = self._mixed(x, before=state.get(MIXED))
-        return y, {**new, **kept, **({} if last is None else {MIXED: last})}
-
-    def _mixed(self, x: Tensor, mask=None, grid=None, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x with the MLP's branch, and what that keeps while decoding."""
-        y = self.mlp_norm(x)
-        y, last = self.mlp(y, mask, grid, before) if isinstance(self.mlp, MixMLP) else (self.mlp(y), None)
-        return x + self.drop(y), last
-
-    def _crossed(
-        self, x: Tensor, context: Tensor | None, context_mask: Tensor | None, kept: State | None = None
-    ) -> Tensor:
-        if self.cross is not None and self.cross_norm is not None:
-            if context is None and not kept:
-                raise ValueError("this block has cross-attention and needs a context [B, M, C]")
-            if context is not None and kept:
-                raise ValueError("give the context to init_state or to each call, not both")
-            y = self.cross_norm(x)
-            if context is None:
-                y = self.cross.recall(y, {name.removeprefix(CONTEXT): tensor for name, tensor in (kept or {}).items()})
-            else:
-                y = self.cross(y, context, key_mask=context_mask)
-            x = x + self.drop(y)
-        return x
 
 
 class _Stack(nn.Module):
@@ -137,23 +28,23 @@ class _Stack(nn.Module):
 
     def __init__(
         self,
-        dim,
-        depth,
-        heads,
-        attention,
+        dim: int,
+        depth: int,
+        heads: int,
+        attention: Mapping[str, Any],
         *,
-        layout,
-        causal,
-        positions,
-        mlp_dim,
-        mlp,
-        dropout,
-        qk_norm,
-        checkpoint,
-        backend,
-        num_kv_heads,
-        max_length,
-        cross=None,
+        layout: str | None = None,
+        causal: bool = False,
+        positions: str | None = None,
+        mlp_dim: int | None = None,
+        mlp: str = "gelu",
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        checkpoint: bool = False,
+        num_kv_heads: int | None = None,
+        max_length: int | None = None,
+        cross: Mapping[str, Any] | None = None,
+        backend: str = "auto",
     ):
         super().__init__()
         if depth < 1:
@@ -186,7 +77,7 @@ class _Stack(nn.Module):
         )
         _tie([block.attention.variant for block in self])
         _tie([block.cross.variant for block in self if block.cross is not None])
-        self.table = LearnedPositions(max_length, dim) if positions == "learned" else None
+        self.table = LearnedPositions(max_length, dim) if positions == "learned" and max_length is not None else None
         self.drop = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
@@ -320,7 +211,7 @@ class Encoder(_Stack):
         causal: a position sees its past only; then `init_state`, `prefill` and `step` decode.
         positions: None, "sinusoidal", "learned" (added to the input), "rope", "rope2d", "alibi" (inside attention).
         mlp_dim: hidden width of the MLP, default 4 dim.
-        mlp: "gelu", or "mix" for one that also mixes neighbours, see `core.mlp`; not for packs.
+        mlp: "gelu", or "mix" for one that also mixes neighbours, see `core.backbone.mlp`; not for packs.
         dropout: on every branch and on the positioned input.
         qk_norm: RMS-normalise queries and keys.
         checkpoint: recompute each block in the backward pass: memory of one block instead of `depth`.
@@ -331,43 +222,6 @@ class Encoder(_Stack):
         ValueError: anything the layout, the variant or the head count refuses.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        heads: int,
-        attention: Mapping[str, Any],
-        *,
-        layout: str | None = None,
-        causal: bool = False,
-        positions: str | None = None,
-        mlp_dim: int | None = None,
-        mlp: str = "gelu",
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        checkpoint: bool = False,
-        num_kv_heads: int | None = None,
-        max_length: int | None = None,
-        backend: str = "auto",
-    ):
-        super().__init__(
-            dim,
-            depth,
-            heads,
-            attention,
-            layout=layout,
-            causal=causal,
-            positions=positions,
-            mlp_dim=mlp_dim,
-            mlp=mlp,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            checkpoint=checkpoint,
-            num_kv_heads=num_kv_heads,
-            max_length=max_length,
-            backend=backend,
-        )
-
     def forward(
         self,
         x: Tensor,
@@ -376,14 +230,19 @@ class Encoder(_Stack):
         cu_seqlens: Tensor | None = None,
         coordinates: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        global_mask: Tensor | None = None,
     ) -> Tensor:
         """Encode x [B, L, C].
 
         key_mask bool [B, L], True where a token is real; cu_seqlens [N + 1] for packs; grid (rows, columns) of an image
-        whose tokens are the last of x.
+        whose tokens are the last of x; global_mask bool [B, L] for the layers that can "global", one at least.
         """
+        if global_mask is not None and not any("global" in block.attention.variant.can for block in self):
+            able = [name for name in available() if "global" in variant_class(name).can]
+            raise ValueError(f"global_mask: no layer here takes global tokens; {', '.join(able)} does")
         x = self._place(x, key_mask, cu_seqlens)
-        return self._run(x, key_mask=key_mask, cu_seqlens=cu_seqlens, coordinates=coordinates, grid=grid)
+        where = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "coordinates": coordinates, "grid": grid}
+        return self._run(x, global_mask=global_mask, **where)
 
 
 class Decoder(_Stack):
@@ -402,35 +261,10 @@ class Decoder(_Stack):
         attention: Mapping[str, Any],
         *,
         cross: Mapping[str, Any] | None = None,
-        layout: str | None = None,
-        positions: str | None = None,
-        mlp_dim: int | None = None,
-        mlp: str = "gelu",
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        checkpoint: bool = False,
-        num_kv_heads: int | None = None,
-        max_length: int | None = None,
-        backend: str = "auto",
+        **stack: Any,
     ):
-        super().__init__(
-            dim,
-            depth,
-            heads,
-            attention,
-            layout=layout,
-            causal=True,
-            positions=positions,
-            mlp_dim=mlp_dim,
-            mlp=mlp,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            checkpoint=checkpoint,
-            num_kv_heads=num_kv_heads,
-            max_length=max_length,
-            backend=backend,
-            cross={"variant": "softmax"} if cross is None else cross,
-        )
+        cross = {"variant": "softmax"} if cross is None else cross
+        super().__init__(dim, depth, heads, attention, causal=True, cross=cross, **stack)
 
     def forward(
         self, x: Tensor, context: Tensor, *, key_mask: Tensor | None = None, context_mask: Tensor | None = None

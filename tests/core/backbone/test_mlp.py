@@ -7,7 +7,7 @@ import torch
 
 from core.attention.contract import state_bytes
 from core.backbone import Decoder, Encoder
-from core.mlp import MixMLP
+from core.backbone.mlp import MixMLP
 
 
 def by_hand(mlp, x, mask, grid):
