@@ -20,6 +20,7 @@ Where we differ:
 import torch
 from torch import Tensor
 
+from core.attention import kernels
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.linear import CHUNK, least_denominator, linear_forward
 from core.attention.contract import (
@@ -196,6 +197,7 @@ def sums(
     if slopes is not None:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     needs = ("state",) if state is not None or keep else ()
+    needs += ("wide features",) if phi.width(q.shape[3]) > kernels.WIDEST else ()
     run = resolve("linear", backend, q.device.type, q.dtype, needs).run
     before = (None, None) if state is None else (state["sum"], state["count"])
     if rotary is None:
@@ -220,7 +222,7 @@ def sums(
     return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": _count(q, k, key_mask, before[1])}
 
 
-@implementation("linear", "reference")
+@implementation("linear", "reference", serves=("wide features",))
 def _reference(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, count) -> tuple[Attended, None]:
     ahead = torch.arange(q.shape[2], device=q.device)[:, None] + offset - torch.arange(k.shape[2], device=q.device)
     seen = {"both": torch.ones_like(ahead), "past": ahead >= 0, "future": ahead <= 0}[direction].to(q.dtype)
@@ -232,12 +234,28 @@ def _reference(q, k, v, phi, direction, offset, key_mask, slopes, normalize, sta
     return reference(phi.features(q), phi.features(k), v, seen, normalize, phi.floor), None
 
 
-@implementation("linear", "torch", serves=("state",))
+@implementation("linear", "torch", serves=("state", "wide features"))
 def _torch(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, count) -> tuple[Attended, Tensor]:
     out, mass, _, total = linear_forward(
         q, k, v, key_mask, slopes, state, count, phi.name, direction, offset, normalize
     )
     return Attended(out, mass), total
+
+
+def _triton(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, count) -> tuple[Attended, Tensor]:
+    from core.attention.kernels.linear import MAPS, linear_forward
+
+    if phi.name not in MAPS:
+        q, k = phi.features(q.float()).to(q.dtype), phi.features(k.float()).to(k.dtype)
+        phi = FEATURE_MAPS["given_floored" if phi.floor else "given"]
+    out, mass, _, total = linear_forward(
+        q, k, v, key_mask, slopes, state, count, phi.name, direction, offset, normalize
+    )
+    return Attended(out, mass), total
+
+
+if kernels.PRESENT:
+    implementation("linear", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
 def _count(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
