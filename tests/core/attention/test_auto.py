@@ -88,11 +88,11 @@ def test_other_threads_are_another_device():
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     assert measurement.cache_folder() == tmp_path
     monkeypatch.delenv("LONGSPAN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert str(measurement.cache_folder()) == "/somewhere/longspan"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    assert measurement.cache_folder() == tmp_path / "shared" / "longspan"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert str(measurement.cache_folder()) == "/home/someone/.cache/longspan"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert measurement.cache_folder() == tmp_path / ".cache" / "longspan"
     assert json.loads(json.dumps(measurement.identity("cpu")))["threads"] == torch.get_num_threads()
 
 
