@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.attention import kernels
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.scan import CHUNK, scan
 from core.attention.contract import (
@@ -56,8 +57,23 @@ def _reference(kind, q, k, v, *gates, state=None):
 
 
 for _kind in CHUNK:
-    implementation(_kind, "reference", serves=("state",))(_reference)
-    implementation(_kind, "torch", serves=("state",))(scan)
+    implementation(_kind, "reference", serves=("state", "wide features"))(_reference)
+    implementation(_kind, "torch", serves=("state", "wide features"))(scan)
+
+
+def _triton(kind, q, k, v, *gates, state=None):
+    from core.attention.kernels.decay import scan as fused
+
+    return fused(q, k, v, *gates, state=state)
+
+
+if kernels.PRESENT:
+    implementation("decay", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+
+
+def _needs(q: Tensor, state: Tensor | None) -> tuple[str, ...]:
+    wide = q.shape[3] > kernels.WIDEST
+    return ("state",) * (state is not None) + ("wide features",) * wide
 
 
 class GateLinear(nn.Linear):
@@ -196,8 +212,7 @@ class Recurrence(Variant):
         return q, k, *rest
 
     def _run(self, parts, state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-        needs = ("state",) if state is not None else ()
-        run = resolve(self.kind, backend, parts[0].device.type, parts[0].dtype, needs).run
+        run = resolve(self.kind, backend, parts[0].device.type, parts[0].dtype, _needs(parts[0], state)).run
         return _before(run, self.kind, *parts, state=state) if self.exclusive else run(self.kind, *parts, state=state)
 
     def _from_the_end(self, parts, backend: str) -> Tensor:
@@ -205,7 +220,7 @@ class Recurrence(Variant):
         if not self.exclusive:
             decay = repeat_heads(g.unsqueeze(-1) if g.dim() == 3 else g, q.shape[1])
             q = q * decay.exp()
-        run = resolve(self.kind, backend, q.device.type, q.dtype, ()).run
+        run = resolve(self.kind, backend, q.device.type, q.dtype, _needs(q, None)).run
         return _before(run, self.kind, q, k, v, g, *beta)[0].flip(2)
 
 

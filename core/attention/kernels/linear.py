@@ -41,7 +41,7 @@ BLOCKS = {
 reports for sm_90a (2026-11-21); not yet timed on a GPU."""
 
 
-class _Sweep:
+class Sweep:
     """The launches of one call: what all of them share, and the timeline."""
 
     def __init__(self, q, k, v, key_mask, rate, gate, name: str, direction: str, offset: int, normalize, ones):
@@ -87,9 +87,11 @@ class _Sweep:
         }
 
     def parts(self, length: int, heads: int) -> tuple[int, int]:
+        """(number of segments, steps in each)."""
         return segments(length, self.chunk, self.batch * heads * self.tiles, self.device)
 
     def empty(self, *shape: int) -> Tensor:
+        """A float32 buffer."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def floor(self, key_mask, count, name: str, direction: str, offset: int) -> Tensor:
@@ -133,6 +135,7 @@ class _Sweep:
         return states, end
 
     def forward(self, state: Tensor | None, floor: Tensor, out_dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(out, log mass, denominator, state after all keys); without ones column the middle two are not written."""
         fill = torch.empty if self.complete else torch.zeros
         rows = (self.batch, self.heads, self.queries)
         out = fill(*rows, self.values, dtype=out_dtype, device=self.device)
@@ -162,6 +165,7 @@ class _Sweep:
         return out, mass, den, end
 
     def floor_stride(self, floor: Tensor) -> int:
+        """Stride over the batch, 0 where all items have the same floor."""
         return floor.stride(0) if self.floored and floor.shape[0] > 1 else 0
 
     def rows(self, d_out: Tensor, out: Tensor, den: Tensor, floor: Tensor, d_mass: Tensor | None) -> tuple:
@@ -258,7 +262,7 @@ def linear_forward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `core.attention.blocked.linear.linear_forward`."""
-    sweep = _Sweep(q, k, v, key_mask, decay, None, feature_map, direction, offset, normalize, True)
+    sweep = Sweep(q, k, v, key_mask, decay, None, feature_map, direction, offset, normalize, True)
     with on(q.device):
         return sweep.forward(state, sweep.floor(key_mask, count, feature_map, direction, offset), v.dtype)
 
@@ -284,7 +288,7 @@ def linear_backward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d initial state)."""
-    sweep = _Sweep(q, k, v, key_mask, decay, None, feature_map, direction, offset, normalize, True)
+    sweep = Sweep(q, k, v, key_mask, decay, None, feature_map, direction, offset, normalize, True)
     with on(q.device):
         floor = sweep.floor(key_mask, count, feature_map, direction, offset)
         return sweep.backward(sweep.rows(d_out, out, den, floor, d_mass), state, end, d_state)[:4]

@@ -1,0 +1,73 @@
+# pyright: reportCallIssue=false
+"""Running sums with a data-dependent decay per head on a GPU: the kind `decay` of `core.attention.blocked.scan`.
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T,    o_t = S_t^T q_t
+
+The sweeps of `linear` without ones column and normaliser. With b the running sum of g, the gradient
+db_t = <q_t, dq_t> - <k_t, dk_t> is summed in float32 where dq and dk are made; dg is the reverse running sum of db, to
+which a final state that is used adds <S, dS> at the end. Bytes as in `linear`, and 8 B K L for g and dg.
+
+Chosen on CUDA for float32, float16 and bfloat16 up to 256 features.
+"""
+
+import torch
+from torch import Tensor
+
+from core.attention.kernels.launch import on
+from core.attention.kernels.linear import Sweep
+
+
+def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `core.attention.blocked.scan.scan("decay", ...)`."""
+    return decay_forward(q, k, v, g, state)
+
+
+def _sweep(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Sweep:
+    return Sweep(q, k, v, None, None, g, "identity", "past", 0, normalize=False, ones=False)
+
+
+@torch.library.custom_op("longspan::decay_kernel_forward", mutates_args=())
+def decay_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out [B, H, L, E], last state [B, K, F, E]), float32."""
+    with on(q.device):
+        out, _, _, end = _sweep(q, k, v, g).forward(state, q, torch.float32)
+    return out, end
+
+
+@torch.library.custom_op("longspan::decay_kernel_backward", mutates_args=())
+def decay_backward(
+    d_out: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, end: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dg, d first state)."""
+    sweep = _sweep(q, k, v, g)
+    with on(q.device):
+        dq, dk, dv, d_first, *along = sweep.backward((d_out.contiguous(), q, q), state, end, d_end)
+        by_query, by_key = (x.sum(0).unflatten(1, (sweep.key_heads, sweep.group)).sum(2) for x in along)
+        d = by_query - by_key
+        if d_end is not None and d.shape[2]:
+            d[:, :, -1] += (end * d_end).sum((2, 3))
+        dg = d.flip(2).cumsum(2).flip(2).to(g.dtype)
+    return dq, dk, dv, dg, d_first
+
+
+@decay_forward.register_fake
+def _(q, k, v, g, state):
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    return out, q.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
+
+
+@decay_backward.register_fake
+def _(d_out, d_end, q, k, v, g, state, end):
+    return (*(x.new_empty(x.shape) for x in (q, k, v, g)), torch.empty_like(end))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, d_out, d_end):
+    *grads, ds = decay_backward(d_out, d_end, *ctx.saved_tensors)
+    return *grads, ds if ctx.saved_tensors[4] is not None else None
+
+
+decay_forward.register_autograd(_backward, setup_context=_setup)
