@@ -47,15 +47,18 @@ def choose(table: dict, device: torch.device, *key) -> Blocks:
     return table.get((arch(device), *key)) or table.get(key) or table[None]
 
 
-def products(*tensors: Tensor) -> dict:
+def products(*tensors: Tensor, bounded: bool = False) -> dict:
     """Type of the operands of products and their precision, as arguments of a kernel.
 
     bfloat16 is multiplied as it is. float16 is widened to TF32, which has its digits and the range of float32: sums
-    over a long sequence pass 65504, and their inverses fall below its smallest number. float32 keeps all its digits.
+    over a long sequence pass 65504, and their inverses fall below its smallest number; only where all operands are
+    `bounded`, as softmax weights are, it is multiplied as it is. float32 keeps all its digits.
     """
     kinds = {x.dtype for x in tensors}
     if kinds == {torch.bfloat16}:
         return {"DOT": tl.bfloat16, "PRECISION": "tf32"}
+    if kinds == {torch.float16} and bounded:
+        return {"DOT": tl.float16, "PRECISION": "tf32"}
     return {"DOT": tl.float32, "PRECISION": "tf32" if kinds == {torch.float16} else "ieee"}
 
 

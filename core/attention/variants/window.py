@@ -15,6 +15,7 @@ Where we differ:
 import torch
 from torch import Tensor
 
+from core.attention import kernels
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.window import window_forward
 from core.attention.contract import (
@@ -87,7 +88,8 @@ def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, b
             f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    choice = resolve("window", backend, q.device.type, q.dtype, ())
+    needs = ("wide heads",) if max(q.shape[3], v.shape[3]) > kernels.WIDEST else ()
+    choice = resolve("window", backend, q.device.type, q.dtype, needs)
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale)
 
 
@@ -97,16 +99,26 @@ def check_window(window: int) -> None:
         raise ValueError(f"window must be a whole number of at least 1 (1 = the position itself), got {window!r}")
 
 
-@implementation("window", "reference")
+@implementation("window", "reference", serves=("wide heads",))
 def _reference(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
     bias = None if slopes is None else alibi_bias(slopes.to(q.dtype), q.shape[2], k.shape[2])
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return reference(q, k, v, window, causal, key_mask, scale, bias)
 
 
-@implementation("window", "torch")
+@implementation("window", "torch", serves=("wide heads",))
 def _torch(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
     return Attended(*window_forward(q, k, v, key_mask, slopes, window, causal, scale))
+
+
+def _triton(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
+    from core.attention.kernels.window import window_forward
+
+    return Attended(*window_forward(q, k, v, key_mask, slopes, window, causal, scale))
+
+
+if kernels.PRESENT:
+    implementation("window", "triton", devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
 @register("window", summary="softmax over the nearest keys; linear", source="Beltagy et al. 2020, arXiv:2004.05150")

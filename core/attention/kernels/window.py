@@ -1,0 +1,324 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# Triton compiles the kernels by rules of its own, which a type checker does not know.
+"""Sliding-window attention with its log mass on a GPU: `core.attention.blocked.window`, fused.
+
+    s_ij = scale q_i.k_j - slope |t_i - j|  for |t_i - j| < W (and j <= t_i if causal), t_i = i + M - L
+    o_i = sum_j exp(s_ij - l_i) v_j,    l_i = log sum_j exp(s_ij)
+
+One program has a block of rows and visits only the blocks of keys that its band touches, with a running maximum in
+float32. The backward recomputes the weights from l: one kernel by rows for dq, one by keys for dk and dv, adding the
+heads of a group in order; dS = P (do.v - delta), delta = <do, o> - dl, so the gradient at the mass costs nothing.
+
+Bytes moved: e L (D + E) (1 + group) of queries and outputs, and e M (D + E) (1 + W / rows) of keys and values, mostly
+from the L2 cache; FLOPs 2 L W (D + E) forward and 2.5 times that backward. Bound by arithmetic from W of about 600.
+
+Chosen on CUDA for float32, float16 and bfloat16 and heads up to 256 wide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from core.attention.kernels.features import product
+from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous
+
+BLOCKS = {
+    None: Blocks(32, 32, 4, 1),
+    "interpreter": Blocks(16, 16, 4, 1),
+    ("hopper", 64, 2): Blocks(64, 64, 4, 3),
+    ("hopper", 128, 2): Blocks(64, 64, 4, 2),
+    ("ampere", 64, 2): Blocks(64, 64, 4, 2),
+    ("ampere", 128, 2): Blocks(64, 32, 4, 2),
+}
+"""Rows and keys per block, warps and stages by (class of device, padded width, bytes per element). Chosen by the
+registers and shared memory that ptxas reports for sm_90a (2026-11-21); not yet timed on a GPU."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile(base, at, ok, c, WIDTH: tl.constexpr):
+    """Rows [rows, c] that begin at base + at, 0 where not ok."""
+    return tl.load(base + at[:, None] + c[None, :], mask=ok[:, None] & (c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _real(mask, j, M, MASK: tl.constexpr):
+    ok = (j >= 0) & (j < M)
+    if MASK:
+        ok = ok & (tl.load(mask + j, mask=ok, other=0) != 0)
+    return ok
+
+
+@triton.jit
+def _scores(
+    q, k, t, j, row, key, W, scale, slope, CAUSAL: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [rows, keys] in units of log 2, -inf where hidden."""
+    s = product(q, tl.trans(k), DOT, PRECISION) * (scale * LOG2E)
+    distance = t[:, None] - j[None, :]
+    away = tl.abs(distance)
+    if ALIBI:
+        s -= away.to(tl.float32) * (slope * LOG2E)
+    seen = (away < W) & row[:, None] & key[None, :]
+    if CAUSAL:
+        seen = seen & (distance >= 0)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _forward(
+    q, k, v, mask, slopes, out, mass,
+    qb, qh, ql, kb, kh, kl, vb, vh, vl, mb, H, GROUP, L, M, W, scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(L, BM)
+    bh, i0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    c, e, i = tl.arange(0, DP), tl.arange(0, EP), i0 + tl.arange(0, BM)
+    t, row = i + M - L, i < L
+    k += b * kb + h // GROUP * kh
+    v += b * vb + h // GROUP * vh
+    mask += b * mb
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + h).to(tl.float32)
+    x = _tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total, acc = tl.zeros([BM], tl.float32), tl.zeros([BM, EP], tl.float32)
+    first = tl.maximum(0, i0 + M - L - W + 1) // BN * BN
+    last = tl.minimum(M, i0 + BM + M - L + (0 if CAUSAL else W - 1))
+    for j0 in range(first, last, BN):
+        j = j0 + tl.arange(0, BN)
+        key = _real(mask, j, M, MASK)
+        keys = _tile(k, j.to(tl.int64) * kl, key, c, D)
+        s = _scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
+        higher = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        fall, p = tl.exp2(top - safe), tl.exp2(s - safe[:, None])
+        total = total * fall + tl.sum(p, 1)
+        acc = acc * fall[:, None] + product(p, _tile(v, j.to(tl.int64) * vl, key, e, E), DOT, PRECISION)
+        top = higher
+    whole = tl.where(total > 0, total, 1.0)
+    place = bh.to(tl.int64) * L + i
+    log = tl.where(total > 0, (top + tl.log2(whole)) / LOG2E, float("-inf"))
+    tl.store(mass + place, log, mask=row)
+    spot = out + place[:, None] * E + e[None, :]
+    tl.store(spot, (acc / whole[:, None]).to(out.dtype.element_ty), mask=row[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def _delta(
+    d_out, out, d_mass, delta, db, dh, dl, H, L,
+    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, MASS: tl.constexpr,
+):  # fmt: skip
+    """<do, o> - dl per row."""
+    blocks = tl.cdiv(L, BM)
+    bh, i = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    b, h, row, e = (bh // H).to(tl.int64), (bh % H).to(tl.int64), i < L, tl.arange(0, EP)
+    place = bh.to(tl.int64) * L + i
+    d = _tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E).to(tl.float32)
+    sums = tl.sum(d * _tile(out, place * E, row, e, E).to(tl.float32), 1)
+    if MASS:
+        sums -= tl.load(d_mass + place, mask=row, other=0.0)
+    tl.store(delta + place, sums, mask=row)
+
+
+@triton.jit
+def _query_gradient(
+    q, k, v, d_out, mass, delta, mask, slopes, dq,
+    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl, mb, H, GROUP, L, M, W, scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(L, BM)
+    bh, i0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    c, e, i = tl.arange(0, DP), tl.arange(0, EP), i0 + tl.arange(0, BM)
+    t, row, place = i + M - L, i < L, bh.to(tl.int64) * L + i
+    k += b * kb + h // GROUP * kh
+    v += b * vb + h // GROUP * vh
+    mask += b * mb
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + h).to(tl.float32)
+    x = _tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
+    do = _tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
+    level = tl.load(mass + place, mask=row, other=0.0) * LOG2E
+    level = tl.where(level == float("-inf"), 0.0, level)
+    offset = tl.load(delta + place, mask=row, other=0.0)
+    acc = tl.zeros([BM, DP], tl.float32)
+    first = tl.maximum(0, i0 + M - L - W + 1) // BN * BN
+    last = tl.minimum(M, i0 + BM + M - L + (0 if CAUSAL else W - 1))
+    for j0 in range(first, last, BN):
+        j = j0 + tl.arange(0, BN)
+        key = _real(mask, j, M, MASK)
+        keys = _tile(k, j.to(tl.int64) * kl, key, c, D)
+        s = _scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
+        p = tl.exp2(s - level[:, None])
+        dp = product(do, tl.trans(_tile(v, j.to(tl.int64) * vl, key, e, E)), DOT, PRECISION)
+        acc += product(p * (dp - offset[:, None]), keys, DOT, PRECISION)
+    spot = dq + place[:, None] * D + c[None, :]
+    tl.store(spot, (acc * scale).to(dq.dtype.element_ty), mask=row[:, None] & (c < D)[None, :])
+
+
+@triton.jit
+def _key_gradient(
+    q, k, v, d_out, mass, delta, mask, slopes, dk, dv,
+    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl, mb, H, GROUP, L, M, W, scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks, heads = tl.cdiv(M, BN), H // GROUP
+    bk, j0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BN
+    b, kept = (bk // heads).to(tl.int64), (bk % heads).to(tl.int64)
+    c, e, j = tl.arange(0, DP), tl.arange(0, EP), j0 + tl.arange(0, BN)
+    key = _real(mask + b * mb, j, M, MASK)
+    keys = _tile(k + b * kb + kept * kh, j.to(tl.int64) * kl, key, c, D)
+    values = _tile(v + b * vb + kept * vh, j.to(tl.int64) * vl, key, e, E)
+    key_acc, value_acc = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, EP], tl.float32)
+    first = tl.maximum(0, j0 + L - M - (0 if CAUSAL else W - 1)) // BM * BM
+    last = tl.minimum(L, j0 + BN + L - M + W - 1)
+    for g in range(GROUP):
+        h = kept * GROUP + g
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes + h).to(tl.float32)
+        for i0 in range(first, last, BM):
+            i = i0 + tl.arange(0, BM)
+            row, place = i < L, (b * H + h) * L + i
+            x = _tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
+            do = _tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
+            level = tl.load(mass + place, mask=row, other=0.0) * LOG2E
+            level = tl.where(level == float("-inf"), 0.0, level)
+            offset = tl.load(delta + place, mask=row, other=0.0)
+            s = _scores(x, keys, i + M - L, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
+            p = tl.exp2(s - level[:, None])
+            value_acc += product(tl.trans(p), do, DOT, PRECISION)
+            dp = product(do, tl.trans(values), DOT, PRECISION)
+            key_acc += product(tl.trans(p * (dp - offset[:, None])), x, DOT, PRECISION)
+    place, inside = bk.to(tl.int64) * M + j, j < M
+    spot = dk + place[:, None] * D + c[None, :]
+    tl.store(spot, (key_acc * scale).to(dk.dtype.element_ty), mask=inside[:, None] & (c < D)[None, :])
+    spot = dv + place[:, None] * E + e[None, :]
+    tl.store(spot, value_acc.to(dv.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
+
+
+class _Call:
+    """Arguments that the launches of one call share."""
+
+    def __init__(self, q, k, v, key_mask, slopes, window: int, causal: bool, scale: float):
+        self.q, self.k, self.v = (rows_contiguous(x) for x in (q, k, v))
+        self.mask = q if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        self.slopes = q if slopes is None else slopes.float().contiguous()
+        self.batch, self.heads, self.rows = q.shape[:3]
+        self.key_heads, self.keys = k.shape[1:3]
+        width, values = padded(q.shape[3]), padded(v.shape[3])
+        self.blocks = choose(BLOCKS, q.device, max(64, width, values), q.element_size())
+        self.strides = *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3]
+        window = min(window, max(self.rows, self.keys))
+        group = self.heads // self.key_heads
+        self.sizes = self.heads, group, self.rows, self.keys, window, scale
+        self.mask_stride = 0 if key_mask is None else self.keys
+        self.options = {
+            "D": q.shape[3],
+            "E": v.shape[3],
+            "DP": width,
+            "EP": values,
+            "BM": self.blocks.chunk,
+            "BN": self.blocks.values,
+            "CAUSAL": causal,
+            "MASK": key_mask is not None,
+            "ALIBI": slopes is not None,
+            **products(q, k, v, bounded=True),
+            "num_warps": self.blocks.warps,
+            "num_stages": self.blocks.stages,
+        }
+        self.row_grid = (-(-self.rows // self.blocks.chunk) * self.batch * self.heads,)
+        self.key_grid = (-(-self.keys // self.blocks.values) * self.batch * self.key_heads,)
+
+
+@torch.library.custom_op("longspan::window_kernel_forward", mutates_args=())
+def window_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    window: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `core.attention.blocked.window.window_forward`."""
+    if 0 in (*q.shape, k.shape[2], v.shape[3]):
+        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
+        return out, torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    call = _Call(q, k, v, key_mask, slopes, window, causal, scale)
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
+    mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    with on(q.device):
+        _forward[call.row_grid](
+            call.q, call.k, call.v, call.mask, call.slopes, out, mass, *call.strides, call.mask_stride, *call.sizes,
+            **call.options,
+        )  # fmt: skip
+    return out, mass
+
+
+@torch.library.custom_op("longspan::window_kernel_backward", mutates_args=())
+def window_backward(
+    d_out: Tensor,
+    d_mass: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    mass: Tensor,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    window: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    if 0 in (*q.shape, k.shape[2], v.shape[3]):
+        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        return dq, dk, dv
+    call = _Call(q, k, v, key_mask, slopes, window, causal, scale)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_out, delta = rows_contiguous(d_out), torch.empty_like(mass)
+    with on(q.device):
+        _delta[(-(-call.rows // 32) * call.batch * call.heads,)](
+            d_out, out, mass if d_mass is None else d_mass.contiguous(), delta, *d_out.stride()[:3], call.heads,
+            call.rows, E=v.shape[3], EP=padded(v.shape[3]), BM=32, MASS=d_mass is not None,
+        )  # fmt: skip
+        shared = call.q, call.k, call.v, d_out, mass, delta, call.mask, call.slopes
+        sizes = *call.strides, *d_out.stride()[:3], call.mask_stride, *call.sizes
+        _query_gradient[call.row_grid](*shared, dq, *sizes, **call.options)
+        _key_gradient[call.key_grid](*shared, dk, dv, *sizes, **call.options)
+    return dq, dk, dv
+
+
+@window_forward.register_fake
+def _(q, k, v, key_mask, slopes, window, causal, scale):
+    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@window_backward.register_fake
+def _(d_out, d_mass, q, k, v, out, mass, key_mask, slopes, window, causal, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, key_mask, slopes, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, key_mask, slopes)
+
+
+def _backward(ctx, d_out, d_mass):
+    return *window_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options), *([None] * (2 + len(ctx.options)))
+
+
+window_forward.register_autograd(_backward, setup_context=_setup)
