@@ -15,10 +15,13 @@ from torch import Tensor
 
 from core.attention.kernels.launch import on
 from core.attention.kernels.linear import Sweep
+from core.attention.kernels.step import decay_step, is_step
 
 
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `core.attention.blocked.scan.scan("decay", ...)`."""
+    if state is not None and is_step(q, k, v, state) and not (torch.is_grad_enabled() and g.requires_grad):
+        return decay_step(q, k, v, g, state)
     return decay_forward(q, k, v, g, state)
 
 

@@ -25,10 +25,11 @@ from core.attention.kernels.features import product
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous
 
 BLOCKS = {
-    None: Blocks(32, 32, 4, 1),
+    None: Blocks(16, 32, 8, 1),
     "interpreter": Blocks(16, 16, 4, 1),
     ("hopper", 64, 2): Blocks(64, 64, 4, 3),
-    ("hopper", 128, 2): Blocks(64, 64, 4, 2),
+    ("hopper", 128, 2): Blocks(64, 64, 8, 2),
+    ("hopper", 256, 2): Blocks(32, 32, 4, 1),
     ("ampere", 64, 2): Blocks(64, 64, 4, 2),
     ("ampere", 128, 2): Blocks(64, 32, 4, 2),
 }

@@ -244,10 +244,14 @@ def _torch(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, 
 
 def _triton(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, count) -> tuple[Attended, Tensor]:
     from core.attention.kernels.linear import MAPS, linear_forward
+    from core.attention.kernels.step import is_step, linear_step
 
     if phi.name not in MAPS:
         q, k = phi.features(q.float()).to(q.dtype), phi.features(k.float()).to(k.dtype)
         phi = FEATURE_MAPS["given_floored" if phi.floor else "given"]
+    if direction == "past" and offset == 0 and is_step(q, k, v, state):
+        out, mass, total = linear_step(q, k, v, key_mask, slopes, state, count, phi.name, normalize)
+        return Attended(out, mass), total
     out, mass, _, total = linear_forward(
         q, k, v, key_mask, slopes, state, count, phi.name, direction, offset, normalize
     )

@@ -1,0 +1,139 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# Triton compiles the kernel by rules of its own, which a type checker does not know.
+"""One decoding step of linear attention or of running sums with decay, in one launch: the state and what it is asked.
+
+    S' = e^g S + phi(k) [v, 1]^T,    [num, den] = phi(q)^T S',    out = num / max(den, floor)
+
+One program has one key head of one sequence and a tile of value columns; the query heads of its group read the new
+state while it is on chip. No matrix products: a step is bound by the state's bytes, 8 B K F (E + 1), whatever the
+length before. The old state is left as it was.
+
+Chosen on CUDA for a single new token after a state where no gradient is asked for; else the sweeps of `linear` run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from core.attention.feature_maps import feature_map as phi_named
+from core.attention.kernels.features import features
+from core.attention.kernels.launch import on, padded, rows_contiguous
+
+VALUES = 32
+"""Value columns per program, so that a small batch still fills the device."""
+
+
+@triton.jit
+def _step(
+    q, k, v, mask, gate, rate, state, count, out, mass, end,
+    qb, qh, kb, kh, vb, vh, mb, K, GROUP, tiles, least,
+    D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr,
+    DECAY: tl.constexpr, ONES: tl.constexpr, MASK: tl.constexpr, COUNT: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    tile, bk = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, kept = (bk // K).to(tl.int64), (bk % K).to(tl.int64)
+    f, e, one = tl.arange(0, FP), tile * BE + tl.arange(0, BE), tl.arange(0, 1)
+    real = one == 0
+    if MASK:
+        real = tl.load(mask + b * mb + one) != 0
+    width: tl.constexpr = E + 1 if ONES else E
+    at = bk.to(tl.int64) * F * width
+    place, here = f[:, None] * width + e[None, :], (f < F)[:, None] & (e < E)[None, :]
+    s = tl.load(state + at + place, mask=here, other=0.0)
+    phi = tl.sum(features(k + b * kb + kept * kh, one.to(tl.int64), real, f, D, F, MAP), 0)
+    value = tl.load(v + b * vb + kept * vh + (one * 0)[:, None] + e[None, :], mask=real[:, None] & (e < E)[None, :])
+    value = tl.sum(tl.where(real[:, None] & (e < E)[None, :], value.to(tl.float32), 0.0), 0)
+    decay = 1.0
+    if DECAY == "constant":
+        decay = tl.exp(-tl.load(rate + kept).to(tl.float32))
+    if DECAY == "given":
+        decay = tl.exp(tl.load(gate + bk).to(tl.float32))
+    s = s * decay + phi[:, None] * value[None, :]
+    tl.store(end + at + place, s, mask=here)
+    z = tl.zeros([FP], tl.float32)
+    if ONES:
+        z = tl.load(state + at + f * width + E, mask=f < F, other=0.0) * decay + phi
+        if tile == 0:
+            tl.store(end + at + f * width + E, z, mask=f < F)
+    low = 1.1754943508222875e-38
+    if COUNT:
+        low = tl.maximum(least * (tl.load(count + b).to(tl.float32) + tl.sum(real.to(tl.float32), 0)), low)
+    for g in range(GROUP):
+        h = kept * GROUP + g
+        asked = tl.sum(features(q + b * qb + h * qh, one.to(tl.int64), one == 0, f, D, F, MAP), 0)
+        num = tl.sum(asked[:, None] * s, 0)
+        row = b * K * GROUP + h
+        if ONES:
+            den = tl.maximum(tl.sum(asked * z, 0), 0.0)
+            if tile == 0:
+                log = tl.log(tl.where(den > 0, den, 1.0))
+                tl.store(mass + row, tl.where(den > 0, log, float("-inf")))
+            if NORMALIZE:
+                num = num / tl.maximum(den, low)
+        tl.store(out + row * E + e, num.to(out.dtype.element_ty), mask=e < E)
+
+
+def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: bool, ones: bool, out_dtype):
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    phi, (batch, heads, _, width), key_heads = phi_named(name), q.shape, k.shape[1]
+    out = torch.empty(batch, heads, 1, v.shape[3], dtype=out_dtype, device=q.device)
+    mass = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device)
+    state = state.float().contiguous()
+    end, tile = torch.empty_like(state), min(VALUES, padded(v.shape[3]))
+    tiles = max(1, -(-v.shape[3] // tile))
+    optional = (None if key_mask is None else key_mask.view(torch.uint8), gate, decay, state, count)
+    pointers = [q if x is None else x.contiguous() for x in optional]
+    if batch:
+        with on(q.device):
+            _step[(tiles * batch * key_heads,)](
+                q, k, v, *pointers, out, mass, end, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], 1,
+                key_heads, heads // key_heads, tiles, phi.floor, D=width, F=phi.width(width), E=v.shape[3],
+                FP=padded(phi.width(width)), BE=tile, MAP=name, ONES=ones, MASK=key_mask is not None,
+                DECAY="constant" if decay is not None else "none" if gate is None else "given",
+                COUNT=count is not None, NORMALIZE=normalize, num_warps=4,
+            )  # fmt: skip
+    return out, mass, end
+
+
+@torch.library.custom_op("longspan::linear_kernel_step", mutates_args=())
+def linear_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    decay: Tensor | None,
+    state: Tensor,
+    count: Tensor | None,
+    feature_map: str,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, log mass, new state) of one token: `linear.linear_forward` for L = M = 1, without a gradient."""
+    return _launch(q, k, v, key_mask, decay, None, state, count, feature_map, normalize, True, v.dtype)
+
+
+@torch.library.custom_op("longspan::decay_kernel_step", mutates_args=())
+def decay_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, new state) of one token: `decay.scan` for L = 1, without a gradient."""
+    out, _, end = _launch(q, k, v, None, None, g, state, None, "identity", False, False, torch.float32)
+    return out, end
+
+
+@linear_step.register_fake
+def _(q, k, v, key_mask, decay, state, count, feature_map, normalize):
+    mass = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return v.new_empty(*q.shape[:3], v.shape[3]), mass, q.new_empty(state.shape, dtype=torch.float32)
+
+
+@decay_step.register_fake
+def _(q, k, v, g, state):
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    return out, q.new_empty(state.shape, dtype=torch.float32)
+
+
+def is_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> bool:
+    """Whether this is a single new token after a state, and nobody asks for a gradient."""
+    if state is None or q.shape[2] != 1 or k.shape[2] != 1:
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)))
