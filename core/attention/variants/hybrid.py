@@ -23,6 +23,7 @@ Where we differ:
 import torch
 from torch import Tensor, nn
 
+from core.attention import kernels
 from core.attention.backends import implementation, resolve
 from core.attention.contract import (
     NO_INPUTS,
@@ -174,11 +175,16 @@ def attend(
     q, k, v, tail_q, tail_k, *, window, phi, gate, causal, key_mask, slopes, scale, backend, rotary=None
 ) -> Attended:
     """Both parts and their merge; tail_q and tail_k are what phi acts on."""
-    run = resolve("hybrid", backend, q.device.type, q.dtype, ()).run
+    run = resolve("hybrid", backend, q.device.type, q.dtype, _needs(q, v, tail_q, phi)).run
     return run(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary)
 
 
-@implementation("hybrid", "reference")
+def _needs(q: Tensor, v: Tensor, tail_q: Tensor, phi) -> tuple[str, ...]:
+    widest = max(q.shape[3], v.shape[3], phi.width(tail_q.shape[3]))
+    return ("wide features",) if widest > kernels.WIDEST else ()
+
+
+@implementation("hybrid", "reference", serves=("wide features",))
 def _reference(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
     tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)
     k, v, tail_k = (repeat_heads(x, q.shape[1]) for x in (hide(k, key_mask), hide(v, key_mask), tail_k))
@@ -189,23 +195,38 @@ def _reference(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slo
     return reference(q, k, v, *features, window, gate, causal, key_mask, scale, slopes, turned, level, phi.floor)
 
 
-@implementation("hybrid", "torch", serves=("state",))
-def _torch(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
+@implementation("hybrid", "torch", serves=("state", "wide features"))
+def _torch(*arguments) -> Attended:
+    return _merged(*arguments, backend="torch")
+
+
+def _triton(*arguments) -> Attended:
+    return _merged(*arguments, backend="triton")
+
+
+if kernels.PRESENT:
+    implementation("hybrid", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+
+
+def _merged(
+    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, *, backend
+) -> Attended:
+    """The window and the tail, each by its own kernel, and their merge."""
     behind = k.shape[2] - q.shape[2] - window  # the newest key of query 0's tail
     tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)  # once for both sides
-    options = {"key_mask": key_mask, "slopes": slopes, "rotary": turning, "backend": "torch"}
+    options = {"key_mask": key_mask, "slopes": slopes, "rotary": turning, "backend": backend}
     parts = [linear.sums(tail_q, tail_k, v, phi, "past", behind, **options)[0]]
     if not causal:
         parts.append(linear.sums(tail_q, tail_k, v, phi, "future", window, **options)[0])
     tails = [linear.raised(weighted(part, gate, slopes, window), level) for part in parts]
-    return merge(near(q, k, v, window, causal, key_mask, slopes, scale, rotary), *tails)
+    return merge(near(q, k, v, window, causal, key_mask, slopes, scale, rotary, backend), *tails)
 
 
-def near(q, k, v, window, causal, key_mask, slopes, scale, rotary) -> Attended:
+def near(q, k, v, window, causal, key_mask, slopes, scale, rotary, backend="torch") -> Attended:
     """The window's part."""
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
-    options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": "torch"}
+    options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": backend}
     return attend_window(q, k, v, window, **options)
 
 
@@ -221,12 +242,12 @@ def resume(
 
     tail_of: what phi acts on, from keys; applied once to each key, when it leaves.
     """
-    resolve("hybrid", backend, q.device.type, q.dtype, ("state",))
+    backend = resolve("hybrid", backend, q.device.type, q.dtype, ("state", *_needs(q, v, tail_q, phi))).name
     leaving = k.shape[2]  # as many as come
     ring = extend_ring(state, k, v, key_mask)
     if rotary is not None:
         rotary = (rotary[0], rotary[1].extended(window))
-    attended = near(q, ring["keys"], ring["values"], window, True, ring["mask"], slopes, scale, rotary)
+    attended = near(q, ring["keys"], ring["values"], window, True, ring["mask"], slopes, scale, rotary, backend)
     tail, past = linear.sums(
         tail_q,
         tail_of(ring["keys"][:, :, :leaving]),
@@ -239,7 +260,7 @@ def resume(
         rotary=None if rotary is None else (rotary[0], rotary[1].first(leaving)),
         state={"sum": state["sum"], "count": state["count"]},
         keep=True,
-        backend="torch",
+        backend=backend,
     )
     return merge(attended, weighted(tail, gate, slopes, window)), {**keep_ring(ring, window), **(past or {})}
 
