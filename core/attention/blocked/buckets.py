@@ -113,6 +113,7 @@ def bucket_forward(
     mass = torch.full(q.shape[:3], -torch.inf, dtype=acc, device=q.device)
     if 0 in q.shape:
         return out, mass
+    window = min(window, q.shape[2])  # no bucket is larger, and a block need not be
     real, outs, masses = _real(key_mask, q), out.flatten(0, 1), mass.flatten(0, 1)
     with full_precision(q.device):
         for items, rows in _slices(q, v, window):
@@ -158,6 +159,7 @@ def bucket_backward(
     dv = torch.zeros(*q.shape[:3], v.shape[3], dtype=acc, device=v.device)  # per query head, summed at the end
     if 0 in q.shape:
         return dq.to(q.dtype), dk.to(k.dtype), torch.zeros_like(v)
+    window = min(window, q.shape[2])
     real = _real(key_mask, q)
     with full_precision(q.device):
         for items, rows in _slices(q, v, window):

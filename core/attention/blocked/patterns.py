@@ -191,6 +191,8 @@ def _parts(q: Tensor, k: Tensor, pattern: str, size: int, step: int, causal: boo
     queries, keys = q.shape[2], k.shape[2]
     if pattern == "dilated":
         return [_Classes(queries, keys, size, step, causal)]
+    if keys <= step:  # one block, one member of every class: no other part, and no room to fill up
+        return [_Blocks(queries, keys, keys, causal)]
     if pattern == "strided":
         parts: list[_Band] = [_Band(queries, keys, step, causal), _Past(queries, keys, 0, step, True)]
         return parts if causal else [*parts, _Future(queries, keys, 0, step, True)]

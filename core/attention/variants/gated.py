@@ -158,8 +158,9 @@ class RWKV6Attention(Recurrence):
             raise ValueError(f"gate_rank must be at least 1, got {gate_rank}")
         self.narrow = GateLinear(heads.input_width("rwkv6"), gate_rank, bias=False)
         self.wide = GateLinear(gate_rank, heads.key * heads.width)
-        nn.init.zeros_(self.wide.weight)
-        with torch.no_grad():  # half-lives from a token to a few hundred, spread over the features of a head
+        with torch.no_grad():
+            self.wide.weight.mul_(0.1)  # what a token says moves its decay little at first
+            # half-lives from a token to a few hundred, spread over the features of a head
             self.wide.bias.copy_(torch.linspace(-6, -1, heads.width).repeat(heads.key))
         self.bonus = nn.Parameter(torch.full((heads.key, heads.width), 0.5))
 

@@ -123,22 +123,10 @@ def linear_attention(
 
 
 def attend(
-    q,
-    k,
-    v,
-    phi: FeatureMap | LearnedMap,
-    *,
-    causal,
-    key_mask=None,
-    slopes=None,
-    rotary=None,
-    state=None,
-    keep=False,
-    normalize=True,
-    backend="auto",
+    q, k, v, phi: FeatureMap | LearnedMap, *, causal, state=None, keep=False, **options
 ) -> tuple[Attended, State | None]:
-    """`linear_attention` without its checks, with rotary positions; always gives a pair."""
-    options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "normalize": normalize, "backend": backend}
+    """`linear_attention` without its checks, with the options of `sums`; always gives a pair."""
+    slopes, normalize = options.get("slopes"), options.get("normalize", True)
     if causal:
         return sums(q, k, v, phi, "past", k.shape[2] - q.shape[2], state=state, keep=keep, **options)
     if slopes is None:
