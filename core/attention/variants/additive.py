@@ -206,6 +206,8 @@ class _Scored(Variant):
     "additive",
     summary="scores from a small network, w.tanh(W q + W k); the first attention, quadratic",
     source="Bahdanau et al. 2015, arXiv:1409.0473",
+    pick="you reproduce or compare with the first encoder-decoders",
+    stability="scores are bounded by the sum of |w|",
 )
 class AdditiveAttention(_Scored):
     """Softmax over the scores of a one-layer network per head.
@@ -224,6 +226,8 @@ class AdditiveAttention(_Scored):
     "luong",
     summary="softmax over unscaled scores: q.k, q.W k or w.tanh(W [q; k]); quadratic",
     source="Luong et al. 2015, arXiv:1508.04025",
+    pick="you reproduce or compare with recurrent encoder-decoders",
+    stability="unscaled scores: large widths want qk_norm",
 )
 class LuongAttention(_Scored):
     """Softmax over one of Luong's three scores.

@@ -69,6 +69,8 @@ def _torch(q, k, v, block, near, random, seed, causal, key_mask) -> Attended:
     "bigbird",
     summary="softmax over neighbouring, outer and random blocks; linear",
     source="Zaheer et al. 2020, arXiv:2007.14062",
+    pick="documents, without knowing which tokens are special",
+    stability="as softmax, over gathered blocks",
 )
 class BigBirdAttention(Variant):
     """Softmax over the own and neighbouring blocks, the first and last, and random ones.

@@ -54,6 +54,8 @@ class _Delta(Recurrence):
     "delta",
     summary="a write corrects what its key recalls (DeltaNet); linear",
     source="Yang et al. 2024, arXiv:2406.06484",
+    pick="keys are written again with new values: recall, state tracking",
+    stability="unit keys and beta up to 1 keep every step a contraction",
 )
 class DeltaAttention(_Delta):
     """The delta rule without forgetting."""
@@ -66,6 +68,8 @@ class DeltaAttention(_Delta):
     "gated_delta",
     summary="the delta rule with a learned decay per token; linear",
     source="Yang et al. 2024, arXiv:2412.06464",
+    pick="as delta, over long sequences in which old facts should fade",
+    stability="as delta, times a decay at most 1",
 )
 class GatedDeltaAttention(_Delta):
     """The delta rule with Mamba-2's decay."""
@@ -82,6 +86,8 @@ class GatedDeltaAttention(_Delta):
     "kda",
     summary="the delta rule with a learned decay per token and feature (Kimi); linear",
     source="Kimi Team 2025, arXiv:2510.26692",
+    pick="as gated_delta, with a decay per feature",
+    stability="as delta and gla",
 )
 class KimiDeltaAttention(_Delta):
     """Kimi delta attention.

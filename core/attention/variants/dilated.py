@@ -79,6 +79,8 @@ def _torch(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
     "dilated",
     summary="softmax over every dilation-th of the nearest keys; linear",
     source="Beltagy et al. 2020, arXiv:2004.05150",
+    pick="the next layer sees the gaps: stacks of windows that reach far",
+    stability="as window",
 )
 class DilatedAttention(Variant):
     """Softmax over a sliding window with gaps.

@@ -34,6 +34,8 @@ from core.attention.registry import register
     "retnet",
     summary="running sums with a constant decay per head (retention); linear",
     source="Sun et al. 2023, arXiv:2307.08621",
+    pick="a simple recurrent decoder with known memory lengths is wanted",
+    stability="decay at most 1; per-head norm after the sum",
 )
 class RetNetAttention(Recurrence):
     """Retention: decay 1 - 2^(-5-h) for key head h, so memories from 32 to 2^(4+K) steps long."""
@@ -55,6 +57,8 @@ class RetNetAttention(Recurrence):
     "lightning",
     summary="running sums with a constant decay per head and SiLU features; linear",
     source="Qin et al. 2024, arXiv:2401.04658",
+    pick="as retnet, with decays that weaken in later layers",
+    stability="as retnet",
 )
 class LightningAttention(Recurrence):
     """Lightning attention: ALiBi's slopes as decay, weaker in later layers.
@@ -83,6 +87,8 @@ class LightningAttention(Recurrence):
     "ssd",
     summary="running sums with a learned step size per token (Mamba-2); linear",
     source="Dao and Gu 2024, arXiv:2405.21060",
+    pick="language-like causal sequences, with short_conv=4",
+    stability="log-decay from softplus, never positive; per-head norm",
 )
 class SSDAttention(Recurrence):
     """State-space duality: queries are C, keys B, values x; one step size per token and key head."""
@@ -106,6 +112,8 @@ class SSDAttention(Recurrence):
     "gla",
     summary="running sums with a learned decay per token and feature; linear",
     source="Yang et al. 2024, arXiv:2312.06635",
+    pick="recency differs by feature and by token",
+    stability="no exponent above 0 in sub-blocks, above 40 where a chunk is mild",
 )
 class GLAAttention(Recurrence):
     """Gated linear attention.
@@ -141,6 +149,8 @@ class GLAAttention(Recurrence):
     "rwkv6",
     summary="running sums with a learned decay per token and feature, and a bonus for the own token; linear",
     source="Peng et al. 2024, arXiv:2404.05892",
+    pick="as gla, with the own token read apart",
+    stability="log-decay is -exp(.), clamped at -50",
 )
 class RWKV6Attention(Recurrence):
     """The time mixing of RWKV-6 (its state and read-out; the token shift belongs to the block).

@@ -93,6 +93,8 @@ implementation("hard", "torch")(hard_forward)
     "hard",
     summary="every query takes the value of one key; trained by straight-through Gumbel or REINFORCE; quadratic",
     source="Xu et al. 2015, arXiv:1502.03044; Jang et al. 2017, arXiv:1611.01144",
+    pick="the choice itself is wanted: one source position per output",
+    stability="REINFORCE is noisy (a moving baseline is kept); anneal the temperature of Gumbel",
 )
 class HardAttention(Variant):
     """One key per query and head: a draw in training, the best in evaluation.

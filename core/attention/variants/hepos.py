@@ -99,6 +99,8 @@ def _torch(variant: "HeposAttention", q, k, v, key_mask, dropout) -> Attended:
     "hepos",
     summary="cross-attention whose heads read every s-th key each, all keys together; quadratic / s",
     source="Huang et al. 2021, arXiv:2104.02112",
+    pick="the decoder reads a very long encoder output and memory is the limit",
+    stability="as softmax, over a stride of the keys",
 )
 class HeposAttention(Variant):
     """Softmax cross-attention with head-wise positional strides.

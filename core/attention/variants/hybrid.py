@@ -277,6 +277,8 @@ def empty_state(heads: Heads, features: int, window: int, batch: int, positions,
     "hybrid",
     summary="softmax over the nearest keys and a linear tail over all others, one normaliser; linear",
     source="this project's mass form; parts: arXiv:2402.18668, arXiv:2410.10254",
+    pick="a sequence is long, near tokens matter exactly and far ones roughly; the default beyond softmax",
+    stability="one normaliser for both parts; the gate starts where both masses have one scale",
 )
 class HybridAttention(Variant):
     """A softmax window and a linear tail with a learned weight per head.

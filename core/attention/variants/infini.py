@@ -129,6 +129,8 @@ def mix(gate: Tensor, memory: Tensor, near: Tensor) -> Tensor:
     "infini",
     summary="softmax inside a segment and a gated compressive memory of all earlier ones; linear",
     source="Munkhdalai et al. 2024 (Infini-attention), arXiv:2404.07143",
+    pick="streams that come in segments",
+    stability="elu sums; no joint mass of memory and segment",
 )
 class InfiniAttention(Variant):
     """Local softmax attention and an associative memory, mixed by a learned gate per head.

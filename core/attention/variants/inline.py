@@ -91,6 +91,8 @@ def _torch(fq, fk, v, causal, key_mask, state) -> tuple[Tensor, State | None]:
     "inline",
     summary="linear attention made to sum to one by subtraction, with a predicted local residual; linear",
     source="Han et al. 2024 (InLine), arXiv:2412.06590",
+    pick="vision encoders",
+    stability="no division at all; rows sum to one, weights may be negative",
 )
 class InLineAttention(Variant):
     """Sums of keys and values, and their means.

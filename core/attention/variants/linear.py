@@ -263,6 +263,8 @@ def _count(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None)
     "linear",
     summary="a feature map in place of exp: running sums, constant-size state; linear",
     source="Katharopoulos et al. 2020, arXiv:2006.16236; taylor: Arora et al. 2024, arXiv:2402.18668",
+    pick="the sequence is long and a blurred whole is enough; cross-attention to a long context",
+    stability="float32 sums, divided once; relu-like maps have a floor of 1e-6 per key",
 )
 class LinearAttention(Variant):
     """Normalised linear attention with any feature map of `core.attention.feature_maps` and `learned_maps`.

@@ -79,6 +79,8 @@ def _mix(k: Tensor, v: Tensor, e: Tensor, g: Tensor, factor: Tensor) -> tuple[tu
     "linformer",
     summary="softmax over a fixed number of learned mixtures of the keys; linear, not causal",
     source="Wang et al. 2020, arXiv:2006.04768",
+    pick="encoders of a fixed maximum length",
+    stability="as softmax, over a fixed number of slots",
 )
 class LinformerAttention(Variant):
     """Softmax over learned mixtures of the keys.

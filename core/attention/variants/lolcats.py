@@ -104,6 +104,8 @@ def highest(q: Tensor, k: Tensor, window: int, key_mask: Tensor | None, scale: f
     "lolcats",
     summary="softmax over the nearest keys and a linear tail, as trained softmax models are converted; linear",
     source="Zhang et al. 2024, arXiv:2410.10254",
+    pick="a trained softmax model is converted",
+    stability="the window's maximum is taken out of both parts, so the window's level is lost",
 )
 class LolcatsAttention(Variant):
     """A softmax window and a linear tail, the window's level removed.

@@ -135,6 +135,8 @@ def _put(rows: Tensor, target: Tensor, new: Tensor) -> Tensor:
     "longformer",
     summary="a sliding window and global tokens with projections of their own; linear",
     source="Beltagy et al. 2020, arXiv:2004.05150",
+    pick="documents with a few special tokens: a question, a class token, separators",
+    stability="as window; global rows are plain softmax",
 )
 class LongformerAttention(Variant):
     """A sliding window and a few global tokens.

@@ -33,6 +33,8 @@ CAP = 15.0
     "mlstm",
     summary="a matrix memory with exponential gates and a bounded normaliser (xLSTM); linear",
     source="Beck et al. 2024, arXiv:2405.04517",
+    pick="a few tokens must be stored firmly: exponential input gates",
+    stability="running maximum, normaliser bounded below; no epsilon",
 )
 class MLSTMAttention(Recurrence):
     """The mLSTM's memory.

@@ -80,6 +80,8 @@ def _torch(q, k, v, order, codes, width, causal, key_mask) -> Attended:
     "reformer",
     summary="softmax among tokens that hash alike, queries being keys; L log L",
     source="Kitaev et al. 2020, arXiv:2001.04451",
+    pick="few keys matter to each query, and which is a matter of content",
+    stability="unit keys, so scores stay within 1; rounds counted once each",
 )
 class ReformerAttention(Variant):
     """Softmax among tokens of the same bucket, over several rounds of hashing.

@@ -61,6 +61,8 @@ class Neighbourhood(nn.Module):
     "relu_conv",
     summary="ReLU linear attention over tokens and multi-scale neighbourhoods (EfficientViT, Sana); linear",
     source="Cai et al. 2023, arXiv:2205.14756; Xie et al. 2024 (Sana), arXiv:2410.10629",
+    pick="high-resolution images",
+    stability="relu sums with a floor; convolutions restore locality",
 )
 class ReluConvAttention(Variant):
     """ReLU linear attention whose heads also see convolved queries, keys and values.

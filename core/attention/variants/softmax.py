@@ -158,6 +158,8 @@ def _torch(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
     "softmax",
     summary="every query weighs every key by exp(q.k); exact, quadratic",
     source="Vaswani et al. 2017, arXiv:1706.03762",
+    pick="length is below a few thousand tokens, or every far token may matter exactly",
+    stability="scores in float32, the maximum taken out",
 )
 class SoftmaxAttention(Variant):
     """Softmax over all visible keys; the decoding state is the cache of keys and values."""

@@ -150,6 +150,8 @@ class _SparseTransformer(Variant):
     "strided",
     summary="softmax over the nearest keys and every stride-th one; L^2 / stride",
     source="Child et al. 2019, arXiv:1904.10509",
+    pick="data with a period: images as lines, hourly series",
+    stability="as softmax, over two disjoint key sets",
 )
 class StridedAttention(_SparseTransformer):
     """Softmax over a window and the positions a multiple of the stride away.
@@ -171,6 +173,8 @@ class StridedAttention(_SparseTransformer):
     "fixed",
     summary="softmax over the own block and the last keys of the others; L^2 / stride",
     source="Child et al. 2019, arXiv:1904.10509",
+    pick="as strided, with a few summary positions per block",
+    stability="as softmax, over two disjoint key sets",
 )
 class FixedAttention(_SparseTransformer):
     """Softmax over the own block and the summary positions of all others.

@@ -88,6 +88,8 @@ def _norm_torch(q, k, v, phi, causal, key_mask, slopes, state) -> tuple[Tensor, 
     "norm",
     summary="linear attention without a denominator, RMS-normalised instead; linear",
     source="Qin et al. 2022 (TransNormer), arXiv:2210.10340",
+    pick="linear attention diverged: early training in low precision",
+    stability="no denominator; RMS norm in float32",
 )
 class NormAttention(Variant):
     """Sums of keys and values, read and then normalised per head.
@@ -187,6 +189,8 @@ def _diagonal_torch(q, k, v, block, causal, key_mask, slopes) -> Attended:
     "diagonal",
     summary="softmax among the positions of one block; linear",
     source="Qin et al. 2022 (TransNormer's DiagAttention), arXiv:2210.10340",
+    pick="early layers of a mix whose later layers are linear",
+    stability="as softmax, in blocks",
 )
 class DiagAttention(Variant):
     """Softmax inside of blocks that do not overlap.

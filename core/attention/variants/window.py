@@ -121,7 +121,13 @@ if kernels.PRESENT:
     implementation("window", "triton", devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
-@register("window", summary="softmax over the nearest keys; linear", source="Beltagy et al. 2020, arXiv:2004.05150")
+@register(
+    "window",
+    summary="softmax over the nearest keys; linear",
+    source="Beltagy et al. 2020, arXiv:2004.05150",
+    pick="what matters is near: local texture, short-range dependence; or as the cheap half of a layered mix",
+    stability="as softmax; never more than a window of weights",
+)
 class WindowAttention(Variant):
     """Softmax over a sliding window; the decoding state is the last window - 1 keys and values."""
 

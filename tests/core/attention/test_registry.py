@@ -36,3 +36,8 @@ def test_unknown_words_get_the_nearest_spelling():
     assert nearest("qqqq", available()) == ""
     with pytest.raises(ValueError, match=r"no option 'feature_mop' \(did you mean 'feature_map'\?\)"):
         check("linear", {"feature_mop": "elu"})
+
+
+def test_every_variant_says_when_to_pick_it_and_what_keeps_it_stable():
+    lacking = [name for name in available() if not (entry(name).pick and entry(name).stability)]
+    assert lacking == []
