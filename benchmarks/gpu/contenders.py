@@ -1,0 +1,170 @@
+"""Who is timed: our mechanisms by backend, and the peers that this machine can import, on the same inputs.
+
+A contender is a function of (q, k, v), each [B, H, L, D], to the output [B, H, L, D]; the layout that a library wants
+is made inside. `exact` names the mechanism whose float64 reference it must equal; peers that compute something of their
+own (fla's decay has no normaliser) are timed and named, not compared.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from core.attention import hybrid_attention, linear_attention, sliding_window_attention
+from core.attention.backends import resolve
+from core.attention.positions import alibi_slopes
+from core.attention.registry import variant_class
+
+WINDOW = 128
+QUADRATIC, LOOPING = 65536, 16384
+"""Longest sequences for contenders that are quadratic, and that loop over blocks in Python."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the plot.
+
+    group: what it is compared within.   run: (q, k, v) -> out.   exact: key of `REFERENCES`, or "".
+    longest: sequence that it is timed on; a quadratic form or a loop over blocks would take minutes beyond.
+    """
+
+    name: str
+    group: str
+    run: Callable
+    exact: str = ""
+    longest: int = 1 << 20
+    options: dict = field(default_factory=dict)
+
+    def __call__(self, q, k, v):
+        return self.run(q, k, v, **self.options)
+
+
+def _slopes(q):
+    return alibi_slopes(q.shape[1]).to(q.device)
+
+
+def _decayed(q, k, v, backend):
+    return linear_attention(q, k, v, causal=True, slopes=_slopes(q), backend=backend)
+
+
+def _scan(q, k, v, backend):
+    variant_class("ssd")  # importing it enters the implementations of "decay"
+    g = -_slopes(q)[None, :, None].expand(q.shape[0], -1, q.shape[2])
+    return resolve("decay", backend, q.device.type, q.dtype, ()).run("decay", q, k, v, g)[0]
+
+
+REFERENCES = {
+    "linear causal": partial(linear_attention, causal=True, backend="reference"),
+    "linear both": partial(linear_attention, backend="reference"),
+    "linear decay": partial(_decayed, backend="reference"),
+    "scalar decay": partial(_scan, backend="reference"),
+    "window": partial(sliding_window_attention, window=WINDOW, causal=True, backend="reference"),
+    "hybrid": partial(hybrid_attention, window=WINDOW, causal=True, backend="reference"),
+    "softmax": partial(F.scaled_dot_product_attention, is_causal=True),
+}
+
+
+def ours() -> list[Contender]:
+    """Every mechanism with a kernel, by kernel and by torch."""
+    made = []
+    for backend in ("triton", "torch"):
+        add = partial(_ours, backend=backend)
+        made += [
+            add("linear causal", linear_attention, causal=True),
+            add("linear both", linear_attention),
+            add("linear decay", _decayed),
+            add("scalar decay", _scan),
+            add("window", sliding_window_attention, window=WINDOW, causal=True),
+            add("hybrid", hybrid_attention, window=WINDOW, causal=True),
+        ]
+    return made
+
+
+def _ours(group: str, run: Callable, backend: str, **options) -> Contender:
+    longest = LOOPING if backend == "torch" else 1 << 20
+    return Contender(f"longspan {backend}", group, run, group, longest, {"backend": backend, **options})
+
+
+def peers() -> list[Contender]:
+    """What else can be imported here."""
+    found = [
+        Contender(f"sdpa {kind.name.lower()}", "softmax", partial(_sdpa, kind=kind), "softmax", QUADRATIC)
+        for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    ]
+    found.append(Contender("two matmuls, torch.compile", "linear both", _two_products(), "linear both"))
+    found.append(Contender("flex-attention", "window", _flex, "window"))
+    if find_spec("flash_attn"):
+        flash = import_module("flash_attn").flash_attn_func
+        found += [
+            Contender("flash-attn", "softmax", partial(_flash, flash=flash, window=-1), "softmax", QUADRATIC),
+            Contender("flash-attn", "window", partial(_flash, flash=flash, window=WINDOW - 1), "window"),
+        ]
+    if find_spec("fla"):
+        found += [
+            Contender("fla simple_gla", "scalar decay", _simple_gla, "scalar decay"),
+            Contender("fla simple_gla", "linear decay", _simple_gla),
+            Contender("fla linear_attn", "linear causal", _fla_linear, "linear causal"),
+        ]
+    if find_spec("mamba_ssm"):
+        found.append(Contender("mamba-ssm ssd", "scalar decay", _ssd, "scalar decay"))
+    return found
+
+
+def _sdpa(q, k, v, kind):
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _two_products():
+    def run(q, k, v):
+        fq, fk = F.elu(q) + 1, F.elu(k) + 1
+        mean = fk.mT @ v / k.shape[2]
+        return (fq @ mean) / (fq @ fk.mean(2).unsqueeze(-1))
+
+    return torch.compile(run, dynamic=True)
+
+
+@cache
+def _flex_parts(length: int):
+    flex = import_module("torch.nn.attention.flex_attention")
+
+    def band(b, h, i, j):
+        return (j <= i) & (i - j < WINDOW)
+
+    return torch.compile(flex.flex_attention), flex.create_block_mask(band, None, None, length, length, device="cuda")
+
+
+def _flex(q, k, v):
+    run, mask = _flex_parts(q.shape[2])
+    return run(q, k, v, block_mask=mask)
+
+
+def _flash(q, k, v, flash, window):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flash(q, k, v, causal=True, window_size=(window, 0 if window >= 0 else -1)).transpose(1, 2)
+
+
+def _simple_gla(q, k, v):
+    run = import_module("fla.ops.simple_gla").chunk_simple_gla
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    g = -_slopes(q.transpose(1, 2))[None, None].expand(q.shape[0], q.shape[1], -1).contiguous()
+    return run(q=q, k=k, v=v, g=g, scale=1.0)[0].transpose(1, 2)
+
+
+def _fla_linear(q, k, v):
+    run = import_module("fla.ops.linear_attn").chunk_linear_attn
+    q, k, v = ((F.elu(x) + 1 if n < 2 else x).transpose(1, 2).contiguous() for n, x in enumerate((q, k, v)))
+    return run(q=q, k=k, v=v, scale=1.0, normalize=True)[0].transpose(1, 2)
+
+
+def _ssd(q, k, v):
+    run = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    rate = -_slopes(q).float()
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    steps = torch.ones(q.shape[:3], device=q.device, dtype=torch.float32)
+    return run(v, steps, rate, k, q, chunk_size=256).transpose(1, 2)
