@@ -46,3 +46,20 @@ def test_a_layer_on_kernels_reads_learns_and_decodes_as_on_torch(variant, device
         results.append((y, *grads))
     for got, want in zip(results[1], results[0]):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+def test_compiles_into_one_graph_for_any_length(causal, device):
+    def attend(q, k, v):
+        return hybrid_attention(q, k, v, window=5, causal=causal, return_mass=True, backend="triton")
+
+    whole = torch.compile(attend, fullgraph=True, dynamic=True)
+    for length in (20, 37):
+        q, k, v = (torch.randn(1, 2, length, n, device=device, requires_grad=True) for n in (4, 4, 3))
+        got, want = whole(q, k, v), attend(q, k, v)
+        for one, other in zip(got, want):
+            torch.testing.assert_close(one, other)
+        both = (torch.autograd.grad(x[0].square().sum() + x[1].sum(), (q, k, v)) for x in (got, want))
+        for one, other in zip(*both):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

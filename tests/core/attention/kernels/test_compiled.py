@@ -1,0 +1,92 @@
+"""Every kernel is compiled for Hopper and Ampere, bfloat16 included, on machines without a GPU too (pytest -m slow).
+
+The interpreter knows neither layouts nor shared memory: a kernel that it runs may still not compile. Here Triton and
+its ptxas do all that they do on a GPU, except for running. In a process of its own, because the interpreter is
+switched on while Triton is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from core.attention.kernels import features, linear, linear_sweeps, step, window
+
+ELEMENTS = {"q", "k", "v", "d_out", "out", "dq", "dk", "dv"}
+NUMBERS = {"scale", "least"}
+SCALES = {"scale"}  # a number in the window's kernels, a pointer in the linear ones
+DOT = {"bf16": tl.bfloat16, "fp16": tl.float32, "fp32": tl.float32}
+
+
+def build(kernel, element, arch, blocks, constants):
+    given = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in given:
+            signature[name] = "constexpr"
+            continue
+        number = name == "least" or (name == "scale" and kernel in WINDOW)
+        pointer = kernel.params[at].name in POINTERS and not number
+        kind = element if name in ELEMENTS else "u8" if name == "mask" else "fp32"
+        signature[name] = "*" + kind if pointer else "fp32" if number else "i32"
+        if pointer:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    indices = {(kernel.arg_names.index(name),): value for name, value in given.items()}
+    source = ASTSource(kernel, signature, indices, attributes)
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
+
+
+POINTERS = ELEMENTS | {"mask", "gate", "rate", "floor", "states", "mass", "den", "end", "scale", "d_den", "sums"}
+POINTERS |= {"totals", "first", "along", "d_first", "slopes", "delta", "d_mass", "state", "count"}
+LINEAR = [linear_sweeps.write, linear_sweeps.forward, linear_sweeps.query_gradient, linear_sweeps.key_gradient]
+LINEAR += [features.row_gradients, step._step]
+WINDOW = [window._forward, window._delta, window._query_gradient, window._key_gradient]
+names = {80: "ampere", 90: "hopper"}
+found = []
+for arch, element, size in ((90, "bf16", 2), (90, "fp16", 2), (90, "fp32", 4), (80, "bf16", 2)):
+    precision = "ieee" if element == "fp32" else "tf32"
+    for D, F, FP, name in ((64, 64, 64, "elu"), (128, 128, 128, "relu"), (16, 153, 256, "taylor")):
+        table = linear.BLOCKS
+        blocks = table.get((names[arch], FP, size)) or table[None]
+        tile = min(blocks.values, 128)
+        flags = {"ONES": True, "MASK": True, "NORMALIZE": True, "CAUSAL": True, "STATE": True, "KEEP": True}
+        flags |= {"FLOOR": True, "MASS": True, "COUNT": True, "REVERSE": False, "DECAY": "constant"}
+        shape = {"D": D, "F": F, "E": 128, "FP": FP, "DP": max(16, D), "BE": tile, "EP": 128, "MAP": name}
+        for kernel in LINEAR:
+            chunk = max(16, blocks.chunk // 2) if kernel is linear_sweeps.key_gradient else blocks.chunk
+            constants = {**flags, **shape, "C": chunk, "DOT": DOT[element], "PRECISION": precision}
+            found.append((kernel.__name__, element, arch, FP, build(kernel, element, arch, blocks, constants)))
+    for width in (64, 128, 256):
+        blocks = window.BLOCKS.get((names[arch], width, size)) or window.BLOCKS[None]
+        shape = {"D": width, "E": width, "DP": width, "EP": width, "BM": blocks.chunk, "BN": blocks.values}
+        flags = {"CAUSAL": True, "MASK": True, "ALIBI": True, "MASS": True, "PRECISION": precision}
+        dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[element]
+        for kernel in WINDOW:
+            constants = {**shape, **flags, "DOT": dot}
+            found.append((kernel.__name__, element, arch, width, build(kernel, element, arch, blocks, constants)))
+print(json.dumps(found))
+"""
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that a block may have, by architecture."""
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_and_fits_into_shared_memory():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout)
+    assert len(found) == 4 * (3 * 6 + 3 * 4)
+    for name, element, arch, width, shared in found:
+        assert shared <= SHARED[arch], f"{name} {element} sm_{arch} width {width}: {shared} bytes"
