@@ -42,8 +42,13 @@ def device():
     return DEVICE
 
 
-@pytest.fixture(scope="session", params=kernels.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(dtype, marks=[pytest.mark.slow] * (dtype != torch.float32)) for dtype in kernels.DTYPES],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
 def dtype(request):
+    """All that kernels take; in the quick run float32, and float16 in a test of its own per kernel."""
     return request.param
 
 

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
+from core.attention import kernels
 from core.attention.blocked import scan as blocked
 from core.attention.kernels import decay as fused
 
+SHAPES = [((2, 2, 1, 20, 8, 5), 1.0, True), ((1, 2, 2, 70, 6, 5), 50.0, False), ((1, 1, 1, 1, 3, 2), 0.0, True)]
 
-@pytest.mark.parametrize(
-    ("shape", "scale", "stated"),
-    [((2, 2, 1, 37, 8, 5), 1.0, True), ((1, 2, 2, 70, 6, 20), 50.0, False), ((1, 1, 1, 1, 3, 2), 0.0, True)],
-)
-def test_equals_the_blocked_scan(shape, scale, stated, dtype, device, compare):
+
+def run(shape, scale, stated, dtype, device, compare):
     b, h, kh, length, width, values = shape
     q, k, v = torch.randn(b, h, length, width), torch.randn(b, kh, length, width), torch.randn(b, kh, length, values)
     g = -scale * torch.rand(b, kh, length)
@@ -24,6 +23,16 @@ def test_equals_the_blocked_scan(shape, scale, stated, dtype, device, compare):
         device,
         {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype],
     )
+
+
+@pytest.mark.parametrize(("shape", "scale", "stated"), SHAPES)
+def test_equals_the_blocked_scan(shape, scale, stated, dtype, device, compare):
+    run(shape, scale, stated, dtype, device, compare)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES[1:])
+def test_half_precision(dtype, device, compare):
+    run(*SHAPES[0], dtype, device, compare)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from core.attention import sliding_window_attention
+from core.attention import kernels, sliding_window_attention
 from core.attention.blocked import window as blocked
 from core.attention.kernels import window as fused
 from core.attention.positions import alibi_slopes
@@ -48,6 +48,11 @@ def test_every_shape(name, causal, dtype, device, compare):
     if not causal and SHAPES[name][3] != SHAPES[name][4]:
         causal = True
     run(name, causal, True, True, dtype, device, compare)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES[1:])
+def test_half_precision(dtype, device, compare):
+    run("grouped", True, True, True, dtype, device, compare)
 
 
 @pytest.mark.slow
