@@ -1,0 +1,81 @@
+"""On a GPU, at sizes that fill it: the bound of the plain formula, the same bits twice, long sequences, CUDA graphs."""
+
+import pytest
+import torch
+
+from core.attention import hybrid_attention, linear_attention, sliding_window_attention
+from core.attention.positions import alibi_slopes
+
+pytestmark = pytest.mark.gpu
+
+LENGTH = 1000
+MECHANISMS = {
+    "elu": (linear_attention, {"causal": True}),
+    "relu, both": (linear_attention, {"feature_map": "relu"}),
+    "taylor": (linear_attention, {"causal": True, "feature_map": "taylor"}),
+    "window": (sliding_window_attention, {"causal": True, "window": 100}),
+    "window, both": (sliding_window_attention, {"window": 33}),
+    "hybrid": (hybrid_attention, {"causal": True, "window": 64}),
+}
+
+
+def inputs(name, length, dtype, device, heads=8, kept=2, batch=2):
+    width = 16 if name == "taylor" else 64
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (heads, width), (kept, width), (kept, 128)
+    made = [torch.randn(batch, n, length, d, generator=generator, device=device, dtype=torch.float32) for n, d in sizes]
+    return [x.to(dtype).requires_grad_() for x in made]
+
+
+def results(name, backend, tensors, **extra):
+    attention, options = MECHANISMS[name]
+    out = attention(*tensors, backend=backend, **options, **extra)
+    return out, *torch.autograd.grad(out.to(torch.promote_types(out.dtype, torch.float32)).square().sum(), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("decayed", [False, True])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_error_is_at_most_twice_that_of_the_plain_formula(name, decayed, dtype, device):
+    near = inputs(name, LENGTH, dtype, device)
+    wide = [x.detach().double().requires_grad_() for x in near]
+    mask = torch.rand(2, LENGTH, device=device) > 0.1
+    extra = {"key_mask": mask, "slopes": alibi_slopes(8).to(device) if decayed else None}
+    truth, plain = results(name, "reference", wide, **extra), results(name, "reference", near, **extra)
+    got = results(name, "triton", near, **extra)
+    tiny = 1e-6 if dtype == torch.float32 else 1e-5
+    for n, (mine, rough, exact) in enumerate(zip(got, plain, truth)):
+        error, limit = ((x.double() - exact).abs().max().item() for x in (mine, rough))
+        limit = (3 if n else 2) * limit + tiny * (1 + exact.abs().max().item())
+        assert error <= limit, f"result {n}: error {error:.2e}, bound {limit:.2e}"
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_same_input_gives_the_same_bits(name, device):
+    tensors = inputs(name, 8192, torch.bfloat16, device)
+    first = results(name, "triton", tensors)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(results(name, "triton", tensors), first))
+
+
+@pytest.mark.parametrize("name", ["elu", "relu, both", "window"])
+def test_more_numbers_than_32_bits_can_count(name, device):
+    """Equal keys weigh alike, so the output is the mean of what is seen: 1 where only ones are, 0 where zeros are."""
+    attention, options = MECHANISMS[name]
+    length = (1 << 31) // (16 * 64) + 1000
+    q = torch.ones(1, 16, length, 64, device=device, dtype=torch.bfloat16)
+    v = torch.zeros_like(q)
+    v[:, :, length // 2 :] = 1
+    last = attention(q, q, v, backend="triton", **options)[:, :, -10:]
+    torch.testing.assert_close(last, torch.full_like(last, 1.0 if name == "window" else 0.5), rtol=1e-2, atol=1e-2)
+
+
+def test_runs_inside_a_cuda_graph(device):
+    q, k, v = (x.detach() for x in inputs("hybrid", 512, torch.bfloat16, device))
+    want = hybrid_attention(q, k, v, window=64, causal=True, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = hybrid_attention(q, k, v, window=64, causal=True, backend="triton")
+    graph.replay()
+    assert torch.equal(got, want)
