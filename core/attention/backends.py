@@ -17,9 +17,9 @@ ORDER = {
     "cuda": ("fla", "flex", "sdpa", "torch", "triton"),
     "cpu": ("sdpa", "torch"),
 }
-"""Preference per device type; other devices follow the CPU's. `reference` is never chosen by itself. `triton` stands last
-because its kernels have only run under the interpreter and been compiled (2026-11-21): until a GPU has confirmed them,
-they run where they are asked for, by `set_backend("triton")` or `backend="triton"`."""
+"""Preference per device type; other devices follow the CPU's. `reference` is never chosen by itself. `triton` stands
+last because its kernels have only run under the interpreter and been compiled (2026-11-21): until a GPU has confirmed
+them, they run where they are asked for, by `set_backend("triton")` or `backend="triton"`."""
 
 BACKENDS = ("reference", "torch", "sdpa", "flex", "triton", "fla")
 

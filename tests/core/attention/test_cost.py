@@ -16,6 +16,7 @@ BANDS = (
     "infini",
     "lolcats",
     "longformer",
+    "reformer",
     "strided",
     "window",
     "auto",
