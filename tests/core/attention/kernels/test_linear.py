@@ -39,6 +39,8 @@ def run(span, phi, options, normalize, dtype, device, compare):
     h = kh if "decay" in options else h
     q, k, v = torch.randn(b, h, length, width), torch.randn(b, kh, keys, width), torch.randn(b, kh, keys, values)
     state = torch.rand(b, kh, FEATURE_MAPS[phi].width(width), values + 1) if "state" in options else None
+    if state is not None and phi == "taylor":
+        state[:, :, 0] += 100  # the constant feature; a state that no keys have made may have a negative denominator
     mask = torch.rand(b, keys) > 0.3 if "mask" in options else None
     decay = torch.linspace(0.05, 0.7, h) if "decay" in options else None
     count = torch.full((b,), 3.0) if "state" in options else None
