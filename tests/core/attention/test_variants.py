@@ -169,7 +169,8 @@ def test_a_pack_is_a_loop_over_its_sequences(name, more, positions, causal, leng
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
     if x.shape[1]:
         mine, theirs = (torch.autograd.grad(y.sin().sum(), x)[0] for y in (got, want))
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+        # Looser: a relu query that hardly sees a key divides by a denominator near its floor.
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", available())

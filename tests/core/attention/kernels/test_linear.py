@@ -143,7 +143,9 @@ def test_too_wide_features_are_left_to_torch(device):
 
 
 def test_the_choice_lists_the_kernel():
-    assert "triton: serves  <- runs" in explain_backend("linear", device="cuda", dtype=torch.float32)
+    text = explain_backend("linear", device="cuda", dtype=torch.float32)
+    assert "triton: serves" in text
+    assert "torch: serves  <- runs" in text, "no kernel is chosen before a GPU has confirmed it"
     assert "triton: does not serve float64" in explain_backend("linear", device="cuda", dtype=torch.float64)
 
 
