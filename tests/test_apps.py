@@ -110,7 +110,7 @@ def test_demo_gives_what_the_glue_expects(name):
 def test_every_variant_runs_in_every_app(name, variant, tmp_path):
     overrides = [f"attention={variant}", "trainer.max_steps=2", "trainer.accelerator=cpu"]
     if "bidirectional" not in variant_class(variant).can:
-        with pytest.raises(UserError, match=f"attention '{variant}' cannot do 'bidirectional'|stride must divide"):
+        with pytest.raises(UserError, match=f"attention '{variant}' cannot do 'bidirectional'"):
             fit(load_recipe(f"{name}/demo", overrides), run_dir=tmp_path / "run", quiet=True)
         return
     result = fit(load_recipe(f"{name}/demo", overrides), run_dir=tmp_path / "run", quiet=True)

@@ -45,6 +45,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads, **attention, **layer)
+        self.attention._require("causal" if self.attention.causal else "bidirectional")  # one may only be able to cross
         self.cross_norm = self.cross = None
         if cross is not None:
             self.cross_norm = nn.LayerNorm(dim)

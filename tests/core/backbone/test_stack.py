@@ -214,3 +214,9 @@ def test_global_tokens_reach_the_layers_that_take_them():
     assert not torch.allclose(encoder(x, global_mask=marked), encoder(x))
     with pytest.raises(ValueError, match="global_mask: no layer here takes global tokens; longformer does"):
         Encoder(16, 2, 2, {"variant": "softmax"})(x, global_mask=marked)
+
+
+def test_a_variant_that_can_only_cross_is_refused_as_self_attention_when_built():
+    with pytest.raises(ValueError, match="attention 'hepos' cannot do 'bidirectional'"):
+        Encoder(16, 1, 4, {"variant": "hepos"})
+    Decoder(16, 1, 4, {"variant": "softmax"}, cross={"variant": "hepos"})
