@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.attention import kernels
 from core.attention.backends import implementation, resolve
+from core.attention.blocked import full_precision
 from core.attention.blocked.scan import CHUNK, scan
 from core.attention.contract import (
     NO_INPUTS,
@@ -158,7 +159,7 @@ class Recurrence(Variant):
     def finish(self, out: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """What was read [B, H, L, E] -> the head's output in the dtype of v."""
         if self.norm is not None:
-            with full_precision(out):  # and not in float16, which holds no sum above 65504
+            with full_precision(out.device):  # and not in float16, which holds no sum above 65504
                 out = F.rms_norm(out, self.norm.normalized_shape, self.norm.weight.to(out.dtype), self.norm.eps)
         if self.gate is not None:
             gate = self.activation(self.gate(_given(inputs, self.name)))
@@ -201,7 +202,7 @@ class Recurrence(Variant):
                 f"attention {self.name!r} needs as many queries as keys, got L={q.shape[2]}, M={k.shape[2]}"
             )
         acc = accumulator(q.dtype)
-        with full_precision(q):
+        with full_precision(q.device):
             x = _given(inputs, self.name).to(acc)
             if key_mask is not None:
                 x = torch.where(key_mask.unsqueeze(-1), x, 0.0)
@@ -238,11 +239,6 @@ def _before(run, kind: str, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, sta
 
 def _is_first(x: Tensor) -> Tensor:
     return (torch.arange(x.shape[2], device=x.device) == 0)[:, None]
-
-
-def full_precision(x: Tensor):
-    """Autocast off: gates, norms and their exponentials keep float32."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def silent(gate: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ One program has one key head of one sequence and a tile of value columns; the qu
 state while it is on chip. No matrix products: a step is bound by the state's bytes, 8 B K F (E + 1), whatever the
 length before. The old state is left as it was.
 
-Chosen on CUDA for a single new token after a state where no gradient is asked for; else the sweeps of `linear` run.
+Serves, under the backend `triton`, one new token after a state without gradients; else the sweeps of `linear` run.
 """
 
 import torch
