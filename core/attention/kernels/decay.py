@@ -7,7 +7,7 @@ The sweeps of `linear` without ones column and normaliser. With b the running su
 db_t = <q_t, dq_t> - <k_t, dk_t> is summed in float32 where dq and dk are made; dg is the reverse running sum of db, to
 which a final state that is used adds <S, dS> at the end. Bytes as in `linear`, and 8 B K L for g and dg.
 
-On CUDA, where the backend is asked for: float32, float16 and bfloat16 up to 256 features.
+Serves, when asked for: float32, float16 and bfloat16 up to 256 features.
 """
 
 import torch

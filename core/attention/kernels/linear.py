@@ -16,7 +16,7 @@ Bytes moved, e per element, n = value tiles (1 up to the table's width): forward
 with several segments; backward e L (5 D + 5 E), the same more, and 4 n L D more for n > 1 or grouped heads, whose key
 gradients are summed in a fixed order outside. S is summed again in the backward instead of kept.
 
-On CUDA, where the backend is asked for: float32, float16 and bfloat16 up to 256 features; see `launch.products` for the precision.
+Serves, when asked for: float32, float16 and bfloat16 up to 256 features; `launch.products` states the precision.
 """
 
 import torch

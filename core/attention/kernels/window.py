@@ -13,7 +13,7 @@ heads of a group in order; dS = P (do.v - delta), delta = <do, o> - dl, so the g
 Bytes moved: e L (D + E) (1 + group) of queries and outputs, and e M (D + E) (1 + W / rows) of keys and values, mostly
 from the L2 cache; FLOPs 2 L W (D + E) forward and 2.5 times that backward. Bound by arithmetic from W of about 600.
 
-On CUDA, where the backend is asked for: float32, float16 and bfloat16 and heads up to 256 wide.
+Serves, when asked for: float32, float16 and bfloat16 and heads up to 256 wide.
 """
 
 import torch
