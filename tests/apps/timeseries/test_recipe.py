@@ -5,7 +5,6 @@ import json
 import pytest
 
 from apps.timeseries.data import build_data
-from apps.timeseries.recipe import DataSection
 from core.training.errors import UserError
 from core.training.recipe import load_recipe, recipes
 

@@ -1,6 +1,6 @@
 """The order of the data: a pure function of seed and epoch, complete, resumable at any batch."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_buckets_save_padding_but_keep_the_order_random():
     assert padding_share(lengths, order) < 0.05
     order.seek(0)
     longest = [max(lengths[i] for i in batch) for batch in order]
-    rises = sum(a < b for a, b in zip(longest, longest[1:]))
+    rises = sum(a < b for a, b in pairwise(longest))
     assert 0.35 < rises / len(longest) < 0.65, "batches must not come sorted"
     first = list(order)
     order.seek(1)

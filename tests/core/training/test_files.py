@@ -29,7 +29,9 @@ def test_public_files_are_found_in_the_data_folder(tmp_path, monkeypatch):
 
 def test_a_path_that_is_not_there_names_its_key_and_neighbour(tmp_path):
     (tmp_path / "reads.fasta").write_text("")
-    with pytest.raises(UserError, match=r"data.train: there is no file '.*read.fasta' \(did you mean 'reads.fasta'\?\)"):
+    with pytest.raises(
+        UserError, match=r"data.train: there is no file '.*read.fasta' \(did you mean 'reads.fasta'\?\)"
+    ):
         find_file(str(tmp_path / "read.fasta"), app="genomics", key="data.train")
-    with pytest.raises(UserError, match="data.train is missing"):
+    with pytest.raises(UserError, match=r"data\.train is missing"):
         find_file(None, app="genomics", key="data.train")
