@@ -24,7 +24,13 @@ class ToyModel(Section):
     batches of evaluation, termval, nanval; such as nan@7. termend@0: after the test. null: nothing."""
 
 
+class ToyPredict(Section):
+    scale: float = 1.0
+    """Factor of what is predicted."""
+
+
 class ToyRecipe(Recipe):
     app: str = "toy"
+    predict: ToyPredict = Field(default_factory=ToyPredict)
     data: ToyData = Field(default_factory=ToyData)
     model: ToyModel = Field(default_factory=ToyModel)
