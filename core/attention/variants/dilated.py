@@ -18,20 +18,20 @@ Where we differ:
     counts positions, not steps of the dilation.
 """
 
-import torch
-
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.patterns import pattern_forward
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
     Cost,
     Heads,
+    Sees,
     State,
     Variant,
     check_inputs,
     check_whole,
     hide,
+    near,
     repeat_heads,
     visible,
 )
@@ -40,12 +40,15 @@ from core.attention.registry import register
 from core.attention.variants import softmax, window
 
 
+def spread(width: int, dilation: int) -> Sees:
+    """The pattern."""
+    return lambda head, i, j: near(width * dilation)(head, i, j) & ((i - j) % dilation == 0)
+
+
 def reference(q, k, v, width, dilation, causal, key_mask, scale, bias=None) -> Attended:
     """The definition: softmax under a dense band with gaps; k and v have as many heads as q."""
-    length, keys = q.shape[2], k.shape[2]
-    seen = visible(length, keys, causal=causal, window=width * dilation, key_mask=key_mask, device=q.device)
-    distance = torch.arange(length, device=q.device)[:, None] + keys - length - torch.arange(keys, device=q.device)
-    return softmax.reference(q, k, v, seen & (distance % dilation == 0), scale, bias)
+    given = {"sees": spread(width, dilation), "causal": causal, "key_mask": key_mask, "device": q.device}
+    return softmax.reference(q, k, v, visible(q.shape[2], k.shape[2], **given), scale, bias)
 
 
 def attend(q, k, v, width, dilation, *, causal, key_mask=None, slopes=None, backend="auto") -> Attended:
@@ -58,7 +61,7 @@ def attend(q, k, v, width, dilation, *, causal, key_mask=None, slopes=None, back
         raise ValueError(
             f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
         )
-    choice = resolve("dilated", backend, q.device.type, q.dtype, ())
+    choice = resolve("dilated", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), width, dilation, causal, key_mask, slopes)
 
 
@@ -73,6 +76,14 @@ def _reference(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
 def _torch(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
     scale = q.shape[-1] ** -0.5
     return Attended(*pattern_forward(q, k, v, key_mask, slopes, "dilated", width, dilation, causal, scale))
+
+
+@implementation("dilated", "flex", **FLEX)
+def _flex(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
+    from core.attention import flex
+
+    given = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": q.shape[-1] ** -0.5}
+    return flex.attend(q, k, v, spread, (width, dilation), **given)
 
 
 @register(

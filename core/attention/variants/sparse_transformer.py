@@ -28,20 +28,20 @@ Where we differ:
     padding changes nothing; `fixed` counts its blocks from the start.
 """
 
-import torch
-
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.patterns import pattern_forward
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
     Cost,
     Heads,
+    Sees,
     State,
     Variant,
     check_inputs,
     check_whole,
     hide,
+    near,
     repeat_heads,
     visible,
 )
@@ -49,17 +49,17 @@ from core.attention.registry import register
 from core.attention.variants import softmax, window
 
 
+def shown(pattern: str, stride: int, summary: int) -> Sees:
+    """The pattern "strided" or "fixed"."""
+    if pattern == "strided":
+        return lambda head, i, j: near(stride)(head, i, j) | ((i - j) % stride == 0)
+    return lambda head, i, j: (i // stride == j // stride) | (j % stride >= stride - summary)
+
+
 def reference(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
     """The definition: softmax under the dense pattern; k and v have as many heads as q."""
-    length, keys = q.shape[2], k.shape[2]
-    i = torch.arange(length, device=q.device)[:, None] + keys - length
-    j = torch.arange(keys, device=q.device)[None, :]
-    if pattern == "strided":
-        seen = ((i - j).abs() < stride) | ((i - j) % stride == 0)
-    else:
-        seen = (i // stride == j // stride) | (j % stride >= stride - summary)
-    seen = seen & visible(length, keys, causal=causal, key_mask=key_mask, device=q.device)
-    return softmax.reference(q, k, v, seen, q.shape[-1] ** -0.5)
+    given = {"sees": shown(pattern, stride, summary), "causal": causal, "key_mask": key_mask, "device": q.device}
+    return softmax.reference(q, k, v, visible(q.shape[2], k.shape[2], **given), q.shape[-1] ** -0.5)
 
 
 def attend(q, k, v, pattern, stride, summary=0, *, causal, key_mask=None, backend="auto") -> Attended:
@@ -70,7 +70,7 @@ def attend(q, k, v, pattern, stride, summary=0, *, causal, key_mask=None, backen
     check_inputs(q, k, v, key_mask)
     if q.shape[2] > k.shape[2] or (not causal and q.shape[2] != k.shape[2]):
         raise ValueError(f"{pattern} attention needs L {'<=' if causal else '='} M, got L={q.shape[2]}, M={k.shape[2]}")
-    choice = resolve(pattern, backend, q.device.type, q.dtype, ())
+    choice = resolve(pattern, backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), pattern, stride, summary, causal, key_mask)
 
 
@@ -86,6 +86,15 @@ def _reference(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
 def _torch(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
     scale = q.shape[-1] ** -0.5
     return Attended(*pattern_forward(q, k, v, key_mask, None, pattern, summary, stride, causal, scale))
+
+
+@implementation("strided", "flex", **FLEX)
+@implementation("fixed", "flex", **FLEX)
+def _flex(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
+    from core.attention import flex
+
+    given = {"causal": causal, "key_mask": key_mask, "scale": q.shape[-1] ** -0.5}
+    return flex.attend(q, k, v, shown, (pattern, stride, summary), **given)
 
 
 class _SparseTransformer(Variant):

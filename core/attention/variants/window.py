@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.attention import kernels
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.window import window_forward
 from core.attention.contract import (
     NO_INPUTS,
@@ -27,6 +27,7 @@ from core.attention.contract import (
     Variant,
     check_inputs,
     hide,
+    near,
     repeat_heads,
     visible,
 )
@@ -66,7 +67,7 @@ def sliding_window_attention(
         slopes: [H] ALiBi slopes; adds -slope_h |i + M - L - j| to the scores.
         scale: factor of the scores, default 1/sqrt(D).
         return_mass: return `Attended` with the log mass.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch" or "reference"; on CUDA also "triton" or "flex".
 
     Returns:
         [B, H, L, E] in the dtype of v, or `Attended`. A query that sees no key gives 0 and mass -inf.
@@ -88,8 +89,7 @@ def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, b
             f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    needs = ("wide heads",) if max(q.shape[3], v.shape[3]) > kernels.WIDEST else ()
-    choice = resolve("window", backend, q.device.type, q.dtype, needs)
+    choice = resolve("window", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale)
 
 
@@ -99,16 +99,24 @@ def check_window(window: int) -> None:
         raise ValueError(f"window must be a whole number of at least 1 (1 = the position itself), got {window!r}")
 
 
-@implementation("window", "reference", serves=("wide heads",))
+@implementation("window", "reference")
 def _reference(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
     bias = None if slopes is None else alibi_bias(slopes.to(q.dtype), q.shape[2], k.shape[2])
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return reference(q, k, v, window, causal, key_mask, scale, bias)
 
 
-@implementation("window", "torch", serves=("wide heads",))
+@implementation("window", "torch")
 def _torch(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
     return Attended(*window_forward(q, k, v, key_mask, slopes, window, causal, scale))
+
+
+@implementation("window", "flex", **FLEX)
+def _flex(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
+    from core.attention import flex
+
+    given = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale}
+    return flex.attend(q, k, v, near, (window,), **given)
 
 
 def _triton(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
@@ -118,7 +126,8 @@ def _triton(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
 
 
 if kernels.PRESENT:
-    implementation("window", "triton", devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+    given = {"devices": kernels.DEVICES, "dtypes": kernels.DTYPES, "widths": (1, kernels.WIDEST)}
+    implementation("window", "triton", **given)(_triton)
 
 
 @register(
