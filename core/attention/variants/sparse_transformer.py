@@ -46,7 +46,9 @@ from core.attention.contract import (
     visible,
 )
 from core.attention.registry import register
-from core.attention.variants import softmax, window
+from core.attention.ring import empty_ring, extend_ring
+from core.attention.variants import softmax
+from core.attention.variants.window import band_pairs
 
 
 def shown(pattern: str, stride: int, summary: int) -> Sees:
@@ -130,14 +132,14 @@ class _SparseTransformer(Variant):
         return attend(q, k, v, self.name, self.stride, self.summary, **options)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
-        return window.empty_ring(self.heads, batch, 0, device, dtype)
+        return empty_ring(self.heads, batch, 0, device, dtype)
 
     def resume(
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        known = window.extend_ring(state, k, v, key_mask)
+        known = extend_ring(state, k, v, key_mask)
         options = {"causal": True, "key_mask": known["mask"], "backend": backend}
         return attend(q, known["keys"], known["values"], self.name, self.stride, self.summary, **options), known
 
@@ -175,7 +177,7 @@ class StridedAttention(_SparseTransformer):
     def pairs(self, length: int, causal: bool) -> int:
         whole, longer = divmod(length, self.stride)
         far = longer * whole * (whole + 1) // 2 + (self.stride - longer) * whole * (whole - 1) // 2
-        return window.band_pairs(length, self.stride, causal) + (far if causal else 2 * far)
+        return band_pairs(length, self.stride, causal) + (far if causal else 2 * far)
 
 
 @register(

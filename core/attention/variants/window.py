@@ -12,7 +12,6 @@ Where we differ:
     Other libraries count the window to one side without the query's own position (window - 1 here).
 """
 
-import torch
 from torch import Tensor
 
 from core.attention import kernels
@@ -26,6 +25,7 @@ from core.attention.contract import (
     State,
     Variant,
     check_inputs,
+    check_whole,
     hide,
     near,
     repeat_heads,
@@ -33,6 +33,7 @@ from core.attention.contract import (
 )
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
+from core.attention.ring import empty_ring, extend_ring, keep_ring
 from core.attention.variants import softmax
 
 
@@ -84,10 +85,7 @@ def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, b
     """`sliding_window_attention`, always with the mass, which comes for nothing."""
     check_inputs(q, k, v, key_mask, slopes)
     check_window(window)
-    if not causal and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
-        )
+    check_nearest(q, k, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     choice = resolve("window", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale)
@@ -95,8 +93,15 @@ def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, b
 
 def check_window(window: int) -> None:
     """Raise ValueError unless `window` is a whole number of at least 1."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be a whole number of at least 1 (1 = the position itself), got {window!r}")
+    check_whole("window", window, what=" (1 = the position itself)")
+
+
+def check_nearest(q: Tensor, k: Tensor, causal: bool) -> None:
+    """Raise ValueError where no key is the nearest to a query: two-sided, with L != M."""
+    if not causal and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
+        )
 
 
 @implementation("window", "reference")
@@ -197,33 +202,3 @@ def band_pairs(length: int, window: int, causal: bool) -> int:
     reach = min(window, length)
     one_side = length * reach - reach * (reach - 1) // 2
     return one_side if causal else 2 * one_side - length
-
-
-def empty_ring(heads: Heads, batch: int, size: int, device, dtype) -> State:
-    """A ring of `size` keys and values, none of them real yet; its shape never changes."""
-    return {
-        "keys": torch.zeros(batch, heads.key, size, heads.width, device=device, dtype=dtype),
-        "values": torch.zeros(batch, heads.key, size, heads.value_width, device=device, dtype=dtype),
-        "mask": torch.zeros(batch, size, dtype=torch.bool, device=device),
-    }
-
-
-def extend_ring(state: State, k: Tensor, v: Tensor, key_mask: Tensor | None) -> State:
-    """The ring's keys followed by the new ones, with their masks."""
-    if key_mask is None:
-        key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-    return {
-        "keys": torch.cat((state["keys"], hide(k, key_mask)), 2),
-        "values": torch.cat((state["values"], hide(v, key_mask)), 2),
-        "mask": torch.cat((state["mask"], key_mask), 1),
-    }
-
-
-def keep_ring(all_keys: State, size: int) -> State:
-    """The last `size` of these keys."""
-    start = all_keys["mask"].shape[1] - size
-    return {
-        "keys": all_keys["keys"][:, :, start:].contiguous(),
-        "values": all_keys["values"][:, :, start:].contiguous(),
-        "mask": all_keys["mask"][:, start:].contiguous(),
-    }
