@@ -44,7 +44,7 @@ from core.attention.learned_maps import LearnedMap
 from core.attention.registry import register
 from core.attention.variants import linear, softmax
 from core.attention.variants.hybrid import HybridAttention
-from core.attention.variants.window import check_window
+from core.attention.variants.window import band_pairs, check_window
 
 
 def near_by_definition(length: int, grid: tuple[int, int], window: int, device=None) -> Tensor:
@@ -174,6 +174,13 @@ def _joined(grid: Attended, q, k, v, key_mask, scale) -> Attended:
     return Attended(*(torch.cat(pair, 2) for pair in parts))
 
 
+def _pairs(length: int, window: int, grid: tuple[int, int] | None) -> int:
+    """Number of near pairs; without a grid those of a line, as `Variant.cost` has them."""
+    rows, columns = (1, length) if grid is None else grid
+    first = length - rows * columns
+    return band_pairs(rows, window, False) * band_pairs(columns, window, False) + first * (2 * length - first)
+
+
 def _checked(q, k, v, key_mask, window: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     check_inputs(q, k, v, key_mask)
     if q.shape[2] != k.shape[2]:
@@ -224,9 +231,9 @@ class Window2dAttention(Variant):
         run = resolve("window2d", backend, q.device.type, q.dtype, ()).run
         return run(q, hide(k, key_mask), hide(v, key_mask), grid, self.window, key_mask, q.shape[-1] ** -0.5)
 
-    def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
+    def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4, grid=None) -> Cost:
         h = self.heads
-        pairs = length * min(length, (2 * self.window - 1) ** 2)  # of an image: a line has fewer
+        pairs = _pairs(length, self.window, grid)
         return Cost(
             flops=2 * batch * h.query * pairs * (h.width + h.value_width),
             bytes_moved=batch * element_bytes * (h.query + h.key) * length * (h.width + h.value_width),
@@ -293,13 +300,13 @@ class Hybrid2dAttention(HybridAttention):
             return attended
         return self.convolution.add_to(attended, v, causal=False, key_mask=key_mask, grid=inputs.grid)
 
-    def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
+    def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4, grid=None) -> Cost:
         h, width = self.heads, self.project.width
         tail = linear.sums_cost(h, self.map, width, batch, length, length, False, positions, element_bytes)
         total = self.project.cost(batch, length, length)
         if self.convolution is not None:
             total += self.convolution.cost(batch, length, h.key, False, element_bytes)
-        pairs = length * min(length, (2 * self.window - 1) ** 2)
+        pairs = _pairs(length, self.window, grid)
         return total + Cost(
             flops=tail.flops + 2 * batch * h.query * pairs * (h.width + h.value_width),
             bytes_moved=2 * tail.bytes_moved,

@@ -36,7 +36,9 @@ def test_the_definition_is_the_chebyshev_window_and_all_tokens_before_the_grid()
     assert [row.nonzero().flatten().tolist() for row in near] == visible_by_hand((3, 4), 2, 2)
 
 
-@pytest.mark.parametrize(("name", "options"), BUILDS, ids=lambda x: x if isinstance(x, str) else x.get("feature_map", ""))
+@pytest.mark.parametrize(
+    ("name", "options"), BUILDS, ids=lambda x: x if isinstance(x, str) else x.get("feature_map", "")
+)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("first", [0, 3])
 def test_tiles_equal_the_definition_with_gradients(name, options, grid, first):

@@ -1,0 +1,129 @@
+"""What training does to an image and its mask. All chance is drawn from the process's generators, which a run saves."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from apps.vision.images import fitted, resized, resized_mask
+from apps.vision.recipe import AugmentSection
+
+
+class Augment:
+    """Random crop, mirror, colours and timm's RandAugment, of one image at a time.
+
+    Args:
+        options: the recipe's section.
+        size: (rows, columns) of the result.
+        resize: data.resize, what is done where no random crop is asked for.
+        fill: mean of the data per channel, 0 to 255: what RandAugment shows beyond the border.
+    """
+
+    def __init__(self, options: AugmentSection, size: tuple[int, int], resize: str, fill: list[float]):
+        self.options, self.size, self.resize = options, size, resize
+        self.policy = None
+        if options.rand_augment:
+            from timm.data.auto_augment import rand_augment_transform
+
+            mean = tuple(round(value) for value in (fill if len(fill) == 3 else fill * 3))
+            self.policy = rand_augment_transform(
+                options.rand_augment, {"translate_const": 0.3 * min(size), "img_mean": mean}
+            )
+
+    def __call__(self, image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """uint8 [C, H, W] and its mask [H, W] -> the same at `size`, and how many rows and columns of it are real."""
+        options, real = self.options, self.size
+        if options.crop is not None:
+            box = self._box(image.shape[1], image.shape[2])
+            rows, columns = slice(box[0], box[0] + box[2]), slice(box[1], box[1] + box[3])
+            image = resized(image[:, rows, columns], self.size)
+            mask = None if mask is None else resized_mask(mask[rows, columns], self.size)
+        else:
+            image, real = fitted(image, self.size, self.resize)
+            mask = None if mask is None else fitted_mask(mask, self.size, self.resize)
+        for wanted, dim in ((options.flip, -1), (options.flip_rows, -2)):
+            if wanted and real == self.size and torch.rand(()) < 0.5:
+                image, mask = image.flip(dim), None if mask is None else mask.flip(dim)
+        if options.colour:
+            image = self._coloured(image)
+        if self.policy is not None:
+            image = self._by_policy(image)
+        return image, mask, real
+
+    def _box(self, high: int, wide: int) -> tuple[int, int, int, int]:
+        """(top, left, rows, columns) of a random crop with about the shape of the result."""
+        crop, ratio = self.options.crop, self.options.ratio
+        assert crop is not None
+        shape = self.size[1] / self.size[0]
+        for _ in range(10):
+            area = high * wide * float(torch.empty(()).uniform_(*crop))
+            aspect = shape * float(torch.exp(torch.empty(()).uniform_(*(float(np.log(end)) for end in ratio))))
+            rows, columns = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+            if 0 < rows <= high and 0 < columns <= wide:
+                top, left = (int(torch.randint(0, spare + 1, ())) for spare in (high - rows, wide - columns))
+                return top, left, rows, columns
+        columns = min(wide, max(1, round(high * shape)))  # the largest one of the result's shape
+        rows = min(high, max(1, round(columns / shape)))
+        return (high - rows) // 2, (wide - columns) // 2, rows, columns
+
+    def _coloured(self, image: Tensor) -> Tensor:
+        low, high = 1 - self.options.colour, 1 + self.options.colour
+        kinds = [TF.adjust_brightness_image, TF.adjust_contrast_image]
+        if image.shape[0] == 3:
+            kinds.append(TF.adjust_saturation_image)
+        for kind in kinds:
+            image = kind(image, float(torch.empty(()).uniform_(low, high)))
+        return image
+
+    def _by_policy(self, image: Tensor) -> Tensor:
+        picture = self.policy(TF.to_pil_image(image.expand(3, -1, -1)))  # type: ignore[misc]
+        changed = TF.pil_to_tensor(picture)
+        return changed if image.shape[0] == 3 else changed[:1]
+
+
+def fitted_mask(mask: Tensor, size: tuple[int, int], resize: str) -> Tensor:
+    """A mask [H, W] moved as `images.fitted` moves its image; 255 beyond the border of pad."""
+    if resize == "stretch":
+        return resized_mask(mask, size)
+    high, wide = mask.shape
+    rows, columns = size
+    if resize == "pad":
+        scale = min(rows / high, columns / wide)
+        real = min(rows, max(1, round(high * scale))), min(columns, max(1, round(wide * scale)))
+        whole = torch.full(size, BORDER, dtype=mask.dtype)
+        whole[: real[0], : real[1]] = resized_mask(mask, real)
+        return whole
+    scale = max(rows / high, columns / wide)
+    scaled = max(rows, round(high * scale)), max(columns, round(wide * scale))
+    top, left = (scaled[0] - rows) // 2, (scaled[1] - columns) // 2
+    return resized_mask(mask, scaled)[top : top + rows, left : left + columns]
+
+
+BORDER = -1
+"""Number in a mask of pixels that are not there."""
+
+
+class Mixing:
+    """timm's Mixup and CutMix over a batch, and label smoothing: images and classes -> images and soft classes."""
+
+    def __init__(self, options: AugmentSection, classes: int):
+        from timm.data import Mixup
+
+        self.classes, self.smoothing = classes, options.smoothing
+        alphas = {"mixup_alpha": options.mixup, "cutmix_alpha": options.cutmix}
+        on = options.mixup or options.cutmix
+        self.mixup = Mixup(**alphas, label_smoothing=self.smoothing, num_classes=classes) if on else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, C, H, W] are changed in place; the classes come back as [B, K]."""
+        from timm.data.mixup import mixup_target
+
+        def alone(labels: Tensor) -> Tensor:
+            return mixup_target(labels, self.classes, 1.0, self.smoothing)
+
+        even = len(images) // 2 * 2 if self.mixup is not None else 0  # timm mixes pairs; an odd one stays as it is
+        parts = [alone(labels[even:])] if even < len(images) else []
+        if even:
+            images[:even], mixed = self.mixup(images[:even], labels[:even])  # type: ignore[misc]
+            parts.insert(0, mixed)
+        return images, torch.cat(parts)

@@ -1,0 +1,149 @@
+"""One image or mask: from any file to an 8-bit tensor, upright, and from there to the size that a model sees."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
+
+
+class BrokenImage(Exception):
+    """A file that cannot be read as an image or mask; the text is the reason."""
+
+
+def read_image(source: bytes | Path | Image.Image, channels: str) -> Tensor:
+    """An image as uint8 [C, H, W], C = 3 for "rgb" and 1 for "grey", turned upright by its EXIF orientation.
+
+    16-bit images keep their upper 8 bits; transparency is dropped; of several frames the first counts.
+
+    Args:
+        source: content or path of a file, or an opened image.
+        channels: "rgb" or "grey".
+
+    Raises:
+        BrokenImage: the file is not a whole image, or one of floats outside 0 to 1.
+    """
+    image = ImageOps.exif_transpose(_opened(source))
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise BrokenImage(f"values from {values.min()} to {values.max()}; 8 or 16 bits are read")
+        image = Image.fromarray(
+            (values >> 8).astype(np.uint8) if values.max(initial=0) > 255 else values.astype(np.uint8)
+        )
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise BrokenImage("floating-point values outside of 0 to 1")
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    image = image.convert("RGB" if channels == "rgb" else "L")
+    array = np.array(image)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1).contiguous()
+
+
+def read_mask(source: bytes | Path | Image.Image) -> Tensor:
+    """A mask as int64 [H, W] of class numbers: grey or palette PNG or TIFF, 8 or 16 bits.
+
+    Raises:
+        BrokenImage: unreadable, or an image of colours.
+    """
+    image = ImageOps.exif_transpose(_opened(source))
+    if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+        raise BrokenImage(f"a mask holds class numbers (grey or palette), this is an image of mode {image.mode}")
+    return torch.from_numpy(np.array(image).astype(np.int64))
+
+
+def read_values(source: bytes | Path | Image.Image) -> Tensor:
+    """A map of values as float32 [H, W]: 8-bit from 0 to 1, 16-bit from 0 to 1, floats as they are.
+
+    Raises:
+        BrokenImage: unreadable, an image of colours, or not finite.
+    """
+    image = ImageOps.exif_transpose(_opened(source))
+    if image.mode not in ("L", "F") and not image.mode.startswith("I"):
+        raise BrokenImage(f"a map of values is grey or floating point, this is an image of mode {image.mode}")
+    values = np.array(image).astype(np.float32) / {"L": 255.0, "F": 1.0}.get(image.mode, 65535.0)
+    if not np.isfinite(values).all():
+        raise BrokenImage("values that are not finite")
+    return torch.from_numpy(values)
+
+
+def check_image(source: bytes | Path) -> None:
+    """Raise BrokenImage where the head of a file is not that of an image."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.verify()
+    except Exception as error:
+        raise BrokenImage(_reason(error)) from error
+
+
+def _opened(source: bytes | Path | Image.Image) -> Image.Image:
+    try:
+        image = (
+            source
+            if isinstance(source, Image.Image)
+            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        )
+        image.load()
+    except Exception as error:  # Pillow's decoders raise whatever their format makes them raise
+        raise BrokenImage(_reason(error)) from error
+    return image
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).split("\n")[0]
+    return "not an image" if "cannot identify" in text else text or type(error).__name__
+
+
+def fitted(image: Tensor, size: tuple[int, int], resize: str, ratio: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
+    """An image uint8 [C, H, W] at the size that a model sees, and how many rows and columns of it are real.
+
+    crop: scaled until `size` covers its share `ratio` of the image, then the middle. stretch: scaled out of shape. pad:
+    scaled in shape until it fits, at the upper left of a border of zeros.
+    """
+    rows, columns = size
+    if resize == "stretch":
+        return resized(image, size), size
+    high, wide = image.shape[1:]
+    if resize == "pad":
+        scale = min(rows / high, columns / wide)
+        real = min(rows, max(1, round(high * scale))), min(columns, max(1, round(wide * scale)))
+        return F.pad(resized(image, real), (0, columns - real[1], 0, rows - real[0])), real
+    scale = max(rows / high, columns / wide) / ratio
+    scaled = max(rows, round(high * scale)), max(columns, round(wide * scale))
+    top, left = (scaled[0] - rows) // 2, (scaled[1] - columns) // 2
+    return resized(image, scaled)[:, top : top + rows, left : left + columns], size
+
+
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [C, H, W] at another size, antialiased."""
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    return TF.resize_image(image, list(size), antialias=True)
+
+
+def shrunk(image: Tensor, side: int | None) -> Tensor:
+    """uint8 [C, H, W] with `side` as its shorter side, if it is longer."""
+    shorter = min(image.shape[1:])
+    if side is None or shorter <= side:
+        return image
+    return resized(image, (round(image.shape[1] * side / shorter), round(image.shape[2] * side / shorter)))
+
+
+def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask [H, W] of numbers or values at another size, nearest pixel."""
+    if tuple(mask.shape) == tuple(size):
+        return mask
+    return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(mask.dtype)
+
+
+def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] -> float32, (x / 255 - mean) / std per channel."""
+    shape = (1, -1, 1, 1)
+    return (images.float() - (mean * 255).view(shape)) / (std * 255).view(shape)
