@@ -82,7 +82,7 @@ class Augment:
 
 
 def fitted_mask(mask: Tensor, size: tuple[int, int], resize: str) -> Tensor:
-    """A mask [H, W] moved as `images.fitted` moves its image; 255 beyond the border of pad."""
+    """A mask [H, W] moved as `images.fitted` moves its image; BORDER, of values NaN, beyond what pad shows of it."""
     if resize == "stretch":
         return resized_mask(mask, size)
     high, wide = mask.shape
@@ -90,7 +90,7 @@ def fitted_mask(mask: Tensor, size: tuple[int, int], resize: str) -> Tensor:
     if resize == "pad":
         scale = min(rows / high, columns / wide)
         real = min(rows, max(1, round(high * scale))), min(columns, max(1, round(wide * scale)))
-        whole = torch.full(size, BORDER, dtype=mask.dtype)
+        whole = torch.full(size, torch.nan if mask.is_floating_point() else BORDER, dtype=mask.dtype)
         whole[: real[0], : real[1]] = resized_mask(mask, real)
         return whole
     scale = max(rows / high, columns / wide)

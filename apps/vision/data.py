@@ -36,6 +36,7 @@ class Images(Dataset):
     def __init__(self, part: str, reader: "Reader", items: list[Item], targets: list[Any], augment: Augment | None):
         self.part, self.reader, self.items, self.targets, self.augment = part, reader, items, targets, augment
         self.kept: list[tuple[Tensor, Tensor | None]] | None = None
+        self.sizes: list[tuple[int, int]] = []  # others at which the part is scored, too
 
     def __len__(self) -> int:
         return len(self.items)
@@ -46,12 +47,15 @@ class Images(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         images, masks, reals = [], [], []
+        others: dict[str, list[Tensor]] = {}
         for index in indices:
             image, mask = self.get(index)
             if self.augment is not None:
                 smaller = mask if mask is None else fitted_mask(mask, (image.shape[1], image.shape[2]), "stretch")
                 image, mask, real = self.augment(image, smaller)
             else:
+                for size in self.sizes:
+                    others.setdefault(f"at_{size[0]}x{size[1]}", []).append(self.reader.fitted(image, size)[0])
                 image, real = self.reader.fitted(image)
             images.append(image)
             masks.append(mask)
@@ -62,6 +66,8 @@ class Images(Dataset):
             "index": torch.tensor(indices),
             "part": self.part,
         }
+        if others:
+            batch["sizes"] = {name: torch.stack(some) for name, some in others.items()}
         if masks[0] is None:
             batch["label"] = torch.stack([torch.as_tensor(self.targets[index]) for index in indices])
         else:
@@ -120,6 +126,7 @@ def build_data(recipe: VisionRecipe) -> Data:
     elif task in ("segments", "values"):
         plain = recipe.augment.model_copy(update={"flip": False})
         parts["train"].augment = Augment(plain, size, options.resize, [255 * value for value in mean])
+    parts["test"].sizes = [pair(one) for one in recipe.model.eval_sizes]
     counts = _counts(parts["train"], classes, task, options.ignore)
     spec = {
         "task": task,
@@ -129,10 +136,11 @@ def build_data(recipe: VisionRecipe) -> Data:
         "mean": mean,
         "std": std,
         "reading": reader.reading,
-        "names": {part: [item.name for item in parts[part].items] for part in ("val", "test")},
+        "test_names": [item.name for item in parts["test"].items],
     }
     summary = _summary(options, parts, classes, spec, notes, task)
-    return Data(parts["train"], parts["val"] if len(parts["val"]) else None, parts["test"], spec=spec, summary=summary)
+    val, test = (parts[part] if len(parts[part]) else None for part in ("val", "test"))
+    return Data(parts["train"], val, test, spec=spec, summary=summary)
 
 
 def _generated(options: DataSection, task: str, reader: Reader) -> tuple[dict[str, Images], list[str]]:

@@ -27,9 +27,9 @@ class ClassScores:
         """(probabilities [N, K], labels [N] or [N, K])."""
         return torch.cat(self.probabilities).double().numpy(), torch.cat(self.labels).long().numpy()
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, intervals: bool = False) -> dict[str, float]:
         """See `core.training.scores`; figures that do not exist for these labels are left out."""
-        found = (classification if self.single else multilabel)(*self.arrays())
+        found = (classification if self.single else multilabel)(*self.arrays(), intervals=intervals)
         return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
@@ -71,7 +71,8 @@ class SegmentScores:
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         return [{"class": name, **row} for name, row in zip(self.classes, rows)]
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, intervals: bool = False) -> dict[str, float]:
+        """The figures; pixels of an image are alike, so none has an interval."""
         rows = [row for row in self.by_class() if row["iou"] is not None]
         total = max(1, int(self.counts.sum()))
         return {
@@ -93,7 +94,8 @@ class ValueScores:
         one = (float(truth.numel()), error.square().sum(), error.abs().sum(), truth.sum(), truth.square().sum())
         self.sums += torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in one])
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, intervals: bool = False) -> dict[str, float]:
+        """The figures; pixels of an image are alike, so none has an interval."""
         count, squared, absolute, total, square = self.sums.tolist()
         spread = square - total * total / max(count, 1)
         return {

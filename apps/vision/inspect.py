@@ -1,0 +1,2 @@
+def inspect(run, input, output):
+    raise NotImplementedError
