@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from apps.vision.images import fitted, resized, resized_mask
 from apps.vision.recipe import AugmentSection
@@ -67,17 +67,18 @@ class Augment:
         return (high - rows) // 2, (wide - columns) // 2, rows, columns
 
     def _coloured(self, image: Tensor) -> Tensor:
-        low, high = 1 - self.options.colour, 1 + self.options.colour
-        kinds = [TF.adjust_brightness_image, TF.adjust_contrast_image]
-        if image.shape[0] == 3:
-            kinds.append(TF.adjust_saturation_image)
-        for kind in kinds:
-            image = kind(image, float(torch.empty(()).uniform_(low, high)))
-        return image
+        """Brightness, contrast and saturation changed by random factors: blends with black, mean and grey."""
+        brightness, contrast, saturation = torch.empty(3).uniform_(1 - self.options.colour, 1 + self.options.colour)
+        x = image.float() * brightness
+        x = x.mean() * (1 - contrast) + x * contrast
+        if len(x) == 3:
+            grey = (x * torch.tensor(GREY).view(3, 1, 1)).sum(0)
+            x = grey * (1 - saturation) + x * saturation
+        return x.clamp(0, 255).to(torch.uint8)
 
     def _by_policy(self, image: Tensor) -> Tensor:
-        picture = self.policy(TF.to_pil_image(image.expand(3, -1, -1)))  # type: ignore[misc]
-        changed = TF.pil_to_tensor(picture)
+        picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        changed = torch.from_numpy(np.array(self.policy(picture))).permute(2, 0, 1)  # type: ignore[misc]
         return changed if image.shape[0] == 3 else changed[:1]
 
 
@@ -99,6 +100,8 @@ def fitted_mask(mask: Tensor, size: tuple[int, int], resize: str) -> Tensor:
     return resized_mask(mask, scaled)[top : top + rows, left : left + columns]
 
 
+GREY = (0.299, 0.587, 0.114)
+"""Share of each colour in its grey (ITU-R BT.601)."""
 BORDER = -1
 """Number in a mask of pixels that are not there."""
 

@@ -111,7 +111,9 @@ def _of_segments(train: Any, test: Any, classes: list[str], ignore: int | None) 
 
 def _of_values(train: Any, test: Any) -> dict[str, dict[str, float]]:
     mean, position = ValueScores(), ValueScores()
-    places = torch.stack([F.adaptive_avg_pool2d(train.get(n)[1][None].double(), (PLACES, PLACES))[0] for n in range(len(train))]).mean(0)
+    places = torch.stack(
+        [F.adaptive_avg_pool2d(train.get(n)[1][None].double(), (PLACES, PLACES))[0] for n in range(len(train))]
+    ).mean(0)
     for n in range(len(test)):
         truth = test.get(n)[1]
         mean.update(torch.full_like(truth, float(places.mean())), truth)

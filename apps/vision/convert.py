@@ -74,7 +74,9 @@ def take_over(model: VisionModel, source: VisionModel) -> list[str]:
                 f"model.convert_from: the models differ in more than attention: {name} is {there} there, {here} here; "
                 "take backbone and model from the run's recipe.yaml"
             )
-    model.load_state_dict({name: x for name, x in given.items() if not inside(name) or _same(name, own, x)}, strict=False)
+    model.load_state_dict(
+        {name: x for name, x in given.items() if not inside(name) or _same(name, own, x)}, strict=False
+    )
     return [name for name in own if inside(name) and not (name in given and _same(name, own, given[name]))]
 
 

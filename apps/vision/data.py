@@ -28,9 +28,9 @@ READING = ("channels", "resize", "crop_ratio", "shrink", "ignore")
 class Images(Dataset):
     """One part: images, their classes or masks, as whole batches.
 
-    Items are kept as read (uint8, as large as data.shrink leaves them) where `cache` is on, and read each time where not.
-    A batch is {"image": uint8 [B, C, H, W], "real": [B, 2] rows and columns that are no border, "index": [B]} and "label"
-    [B] or [B, K]; or "mask" [B, H, W] in training, and in evaluation a list of masks in their own size.
+    Items are kept as read (uint8, as large as data.shrink leaves them) with `cache`, else read each time. A batch
+    is {"image": uint8 [B, C, H, W], "real": [B, 2] rows and columns that are no border, "index": [B]} and "label" [B]
+    or [B, K]; or "mask" [B, H, W] in training, and in evaluation a list of masks in their own size.
     """
 
     def __init__(self, part: str, reader: "Reader", items: list[Item], targets: list[Any], augment: Augment | None):
@@ -43,7 +43,8 @@ class Images(Dataset):
 
     def get(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Image and mask as they are read."""
-        return self.kept[index] if self.kept is not None else self.reader.read(self.items[index])
+        image, mask = self.kept[index] if self.kept is not None else self.reader.read(self.items[index])
+        return image, mask.long() if mask is not None and not mask.is_floating_point() else mask
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         images, masks, reals = [], [], []
@@ -92,6 +93,8 @@ class Reader:
         if item.mask is None:
             return shrunk(image, self.reading["shrink"]), None
         mask = (read_mask if self.task == "segments" else read_values)(self.store.read(item.mask))
+        if self.task == "segments" and int(mask.max()) < 256:
+            mask = mask.to(torch.uint8)  # an eighth of the memory
         if mask.shape != image.shape[1:]:
             raise BrokenImage(f"its mask has {list(mask.shape)} pixels, the image {list(image.shape[1:])}")
         return shrunk(image, self.reading["shrink"]), mask
@@ -371,7 +374,7 @@ def _summary(options: DataSection, parts, classes, spec, notes, task) -> dict[st
     return {
         "source": "generated" if options.generated else options.path or options.file,
         "images": {part: len(images) for part, images in parts.items()},
-        "classes": {name: count for name, count in zip(classes, spec["counts"])} or task,
+        "classes": dict(zip(classes, spec["counts"])) or task,
         "split": split,
         "rows_x_columns": sizes,
         "mean": spec["mean"],

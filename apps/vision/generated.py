@@ -27,7 +27,7 @@ class Scenes:
     """All scenes.
 
     images: uint8 [N, 3, H, W].   labels: [N], what is learned and scored.   truth: [N], without the flips.
-    masks: int64 [N, H, W], see `KINDS`.
+    masks: uint8 [N, H, W], see `KINDS`.
     """
 
     images: Tensor
@@ -50,7 +50,7 @@ def generate(options: GeneratedSection) -> Scenes:
         return torch.rand(*shape, generator=generator)
 
     images = torch.empty(number, 3, rows, columns, dtype=torch.uint8)
-    masks = torch.zeros(number, rows, columns, dtype=torch.int64)
+    masks = torch.zeros(number, rows, columns, dtype=torch.uint8)
     kinds = torch.randint(0, 2, (number, 2), generator=generator)
     phase = torch.randint(0, STRIPE, (number, 2), generator=generator)
     top = torch.randint(0, rows - MARK + 1, (number, 2), generator=generator)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
 
@@ -125,7 +124,7 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 [C, H, W] at another size, antialiased."""
     if tuple(image.shape[1:]) == tuple(size):
         return image
-    return TF.resize_image(image, list(size), antialias=True)
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def shrunk(image: Tensor, side: int | None) -> Tensor:

@@ -36,8 +36,8 @@ class ClassScores:
 class SegmentScores:
     """One confusion matrix over all pixels of a part.
 
-    miou: mean over the classes that are there, in truth or in the answers, of intersection over union. dice: likewise of
-    2 intersection / (truth + answer). accuracy: share of right pixels. Pixels without a class count nowhere.
+    miou: mean over the classes that are there, in truth or in the answers, of intersection over union. dice: likewise
+    of 2 intersection / (truth + answer). accuracy: share of right pixels. Pixels without a class count nowhere.
     """
 
     def __init__(self, classes: list[str], ignore: int | None):

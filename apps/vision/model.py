@@ -205,7 +205,7 @@ def check_size(x: Tensor, patch: int) -> None:
     if high % patch or wide % patch or not high or not wide:
         near = [max(patch, round(side / patch) * patch) for side in (high, wide)]
         raise ValueError(
-            f"images of {high} x {wide} do not divide into patches of {patch}; the nearest size is {near[0]} x {near[1]}"
+            f"images of {high} x {wide} do not divide into patches of {patch}; the nearest is {near[0]} x {near[1]}"
         )
 
 
@@ -217,6 +217,7 @@ class MapHead(nn.Module):
         self.project = nn.Conv2d(dim, outputs, 1)
 
     def forward(self, features: Features) -> Tensor:
+        """-> [B, K, rows, columns]."""
         return self.project(features.map())
 
 
@@ -308,11 +309,10 @@ class VisionModel(nn.Module):
         """Which parameter belongs to which layer, as timm's layer decay asks for it."""
         if isinstance(self.backbone, TimmBackbone):
             inner = self.backbone.model.group_matcher(coarse=coarse)  # type: ignore[operator]
-            moved = {
+            return {
                 key: [(_below(one), order) for one, order in rule] if isinstance(rule, list | tuple) else _below(rule)
                 for key, rule in inner.items()
             }
-            return moved
         return {
             "stem": r"^backbone\.(stem|table|prefix)",
             "blocks": [(r"^backbone\.encoder\.blocks\.(\d+)", None), (r"^backbone\.encoder\.norm", (99999,))],

@@ -32,7 +32,7 @@ class DataSection(Section):
     """Where the images come from, how they are read, and how they are cut into parts."""
 
     path: str | None = None
-    """Folder of class folders, folder of images and masks, .tar or .zip of either, CSV/JSONL/Parquet, or hub:org/name."""
+    """Class folders, folder of images and masks, .tar or .zip of either, CSV/JSONL/Parquet, or hub:org/name."""
     file: str | None = None
     """Public folder or file, looked for below the folder LONGSPAN_DATA when `path` is not given."""
     origin: str | None = None
@@ -70,7 +70,7 @@ class DataSection(Section):
     size: Size = 224
     """Rows and columns that the model is trained at; one number: a square."""
     resize: Literal["crop", "stretch", "pad"] = "crop"
-    """crop: the middle of the image; stretch: the whole, out of shape; pad: the whole, in shape, with a masked border."""
+    """crop: the middle of the image; stretch: the whole, out of shape; pad: the whole, with a masked border."""
     crop_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the shorter side that the middle crop of the evaluation takes."""
     shrink: int | None = Field(None, ge=8)
@@ -121,7 +121,7 @@ class AugmentSection(Section):
     smoothing: Share = 0.0
     """Label smoothing."""
     sizes: list[Size] | None = Field(None, min_length=1)
-    """Progressive resolution: the training size rises through these in equal shares of the steps, data.size being last."""
+    """Progressive resolution: the training size rises through these in equal shares of the steps up to data.size."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:
@@ -149,13 +149,13 @@ class ModelSection(Section):
     """What stands around the attention."""
 
     task: Literal["classes", "labels", "segments", "values"] = "classes"
-    """classes: one class per image; labels: any number of them; segments: a class per pixel; values: a number per pixel."""
+    """classes: one per image; labels: any number per image; segments: a class per pixel; values: a number per pixel."""
     timm: str | None = None
-    """Name of a timm model, such as deit_tiny_patch16_224, whose attention is replaced; null: the own plain backbone."""
+    """Name of a timm model, such as deit_tiny_patch16_224, whose attention is replaced; null: the plain backbone."""
     weights: str | None = None
     """Weights of the timm model: a file on this machine (.safetensors, .pth); loaded strictly."""
     pretrained: str | None = None
-    """Weights of another run of this app (folder, .ckpt or model.safetensors) to start from; a head of other classes is new."""
+    """Weights of another run of this app (folder, .ckpt, .safetensors) to start from; another head is new."""
     convert_from: str | None = None
     """Run of this app whose attention is to be replaced: its weights, then distillation (section `distil`)."""
     distil: DistilSection = Field(default_factory=DistilSection)

@@ -63,7 +63,10 @@ def _of_classes(folder: Path, spec: dict[str, Any], own: ClassScores) -> list[Pa
     for n, (name, p) in enumerate(zip(spec["test_names"], probabilities)):
         truth = names[labels[n]] if single else spec_labels(names, labels[n])
         answer = names[predicted[n]] if single else spec_labels(names, predicted[n])
-        images.append({"image": name, "label": truth, "predicted": answer} | {f"p_{c}": round(float(x), 5) for c, x in zip(names, p)})
+        images.append(
+            {"image": name, "label": truth, "predicted": answer}
+            | {f"p_{c}": round(float(x), 5) for c, x in zip(names, p)}
+        )
     files.append(_table(folder / "test_predictions.csv", images))
     if single:
         files.append(draw_confusion(folder / "confusion.png", labels, predicted, names))
@@ -94,7 +97,9 @@ def _by_size(folder: Path, recipe: VisionRecipe, scores: dict[str, Any]) -> list
     for name, one in scores.items():
         if name.startswith("at_") or not name:
             size = tuple(int(x) for x in name[3:].split("x")) if name else trained
-            rows.append({"rows": size[0], "columns": size[1], "trained": int(size == trained), primary: one.compute()[primary]})
+            rows.append(
+                {"rows": size[0], "columns": size[1], "trained": int(size == trained), primary: one.compute()[primary]}
+            )
     rows.sort(key=lambda row: row["rows"] * row["columns"])
     with canvas(folder / "sizes.png", 5, 3.2) as figure:
         axes = figure.add_subplot()
@@ -103,7 +108,11 @@ def _by_size(folder: Path, recipe: VisionRecipe, scores: dict[str, Any]) -> list
         at = (trained[0] * trained[1]) ** 0.5
         axes.axvline(at, linestyle=":", linewidth=1)
         axes.annotate("trained here", (at, axes.get_ylim()[0]), fontsize=8, xytext=(4, 4), textcoords="offset points")
-        axes.set(xlabel="size of the test images (square root of pixels)", ylabel=f"test {primary}", title="Resolution transfer")
+        axes.set(
+            xlabel="size of the test images (square root of pixels)",
+            ylabel=f"test {primary}",
+            title="Resolution transfer",
+        )
     return [_table(folder / "sizes.csv", rows), folder / "sizes.png"]
 
 
@@ -130,7 +139,9 @@ def _sheet(path: Path, kept: Sequence[Kept], spec: dict[str, Any]) -> Path:
     with canvas(path, 9, 2.2 * len(kept) + 0.4) as figure:
         axes = figure.subplots(len(kept), 3, squeeze=False)
         for row, one in zip(axes, kept):
-            shown = torch.nn.functional.interpolate(one.image[None].float(), size=one.mask.shape, mode="bilinear")[0].byte()
+            shown = torch.nn.functional.interpolate(one.image[None].float(), size=one.mask.shape, mode="bilinear")[
+                0
+            ].byte()
             pictures: list[Any] = [shown.expand(3, -1, -1).permute(1, 2, 0).numpy()]
             if classes:
                 truth = one.mask.masked_fill(one.mask >= classes, -1)
@@ -158,7 +169,10 @@ def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"])
         writer.writeheader()
         writer.writerows(
-            {key: round(value, 5) if isinstance(value, float) else "" if value is None else value for key, value in row.items()}
+            {
+                key: round(value, 5) if isinstance(value, float) else "" if value is None else value
+                for key, value in row.items()
+            }
             for row in rows
         )
     return path

@@ -78,9 +78,11 @@ class Archive(Store):
             raise UserError(f"{path}: not a whole archive ({error})") from error
 
     def names(self) -> list[str]:
+        """All files that may be images, sorted."""
         return sorted(self.content)
 
     def read(self, image: Any) -> Any:
+        """The content of a file, or an image that a table held."""
         return self.content[image] if isinstance(image, str) else super().read(image)
 
 

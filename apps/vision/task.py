@@ -112,7 +112,7 @@ class VisionTask(Task):
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(normalised images, real rows and columns where some have a border)."""
         x = normalised(batch["image"], self.mean, self.std)
-        if self.recipe.data.resize != "pad" or self.recipe.augment.crop is not None and self.training:
+        if self.recipe.data.resize != "pad" or (self.recipe.augment.crop is not None and self.training):
             return x, None
         return x, batch["real"]
 

@@ -140,8 +140,8 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     if not found or not all(isinstance(one, SWAPPED) for one in found):
         kinds = {type(one).__name__ for one in found} or {type(model).__name__}
         raise UserError(
-            f"the attention of {type(model).__name__} ({', '.join(sorted(kinds))}) cannot be replaced; ViT, DeiT, DeiT-3, "
-            "FlexiViT, DINOv2, NaFlexViT, EVA-02 and DINOv3 models can"
+            f"the attention of {type(model).__name__} ({', '.join(sorted(kinds))}) cannot be replaced; ViT, DeiT, "
+            "DeiT-3, FlexiViT, DINOv2, NaFlexViT, EVA-02 and DINOv3 models can"
         )
     return found  # type: ignore[return-value]
 

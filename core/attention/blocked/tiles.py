@@ -26,20 +26,22 @@ from torch import Tensor
 from core.attention.blocked import batches, block_elements, full_precision
 from core.attention.contract import accumulator
 
-LEAST = 4
-"""Least height and width of a tile; on a line 32, because its tiles have a single row."""
+LEAST, LEAST_OUTSIDE = 4, 5
+"""Least height and width of a tile: for the softmax, and for the sums outside, which keep a state per tile (best of 4, 5,
+6, 8, 10 and 12 on a CPU core at window 5, 2026-11-25). On a line 32, because its tiles have a single row."""
 
 
 class Tiles:
     """How a grid is cut, and the views of its tensors by tile.
 
     rows, columns: of the grid, N = rows * columns tokens, row by row.   window: as in the head of this file.
+    least: height and width of a tile at least.
     """
 
-    def __init__(self, rows: int, columns: int, window: int):
+    def __init__(self, rows: int, columns: int, window: int, least: int = LEAST):
         self.rows, self.columns, self.window = rows, columns, window
-        self.high, self.down = _cut(rows, max(window - 1, LEAST))
-        self.wide, self.across = _cut(columns, max(window - 1, LEAST if rows > 1 else 32))
+        self.high, self.down = _cut(rows, max(window - 1, least))
+        self.wide, self.across = _cut(columns, max(window - 1, least if rows > 1 else 32))
         self.edge_rows, self.edge_columns = int(self.down > 1), int(self.across > 1)
         self.size = self.high * self.wide
         self.seen = (1 + 2 * self.edge_rows) * (1 + 2 * self.edge_columns) * self.size
@@ -224,7 +226,7 @@ def outside(a: Tensor, b: Tensor, c: Tensor, rows: int, columns: int, window: in
     if 0 in (*a.shape, c.shape[3]) or window >= max(rows, columns):
         return y
     with full_precision(a.device):
-        tiles = Tiles(rows, columns, window)
+        tiles = Tiles(rows, columns, window, LEAST_OUTSIDE)
         items, runs, queries = tiles.plan(*a.shape[:2], a.device)
         chunks = [slice(lo, lo + queries) for lo in range(0, tiles.size, queries)]
         bands = [tiles.near(a.device, chunks[0])] if len(chunks) == 1 else None
