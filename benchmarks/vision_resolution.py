@@ -1,15 +1,15 @@
-"""A stock vision transformer at rising resolution: time and memory by attention, against the same model with SDPA (Linux).
+"""A stock vision transformer at rising resolution: time and memory by attention, against SDPA in it (Linux).
 
     python -m benchmarks.vision_resolution                          # about 10 minutes on a CPU core
     python -m benchmarks.vision_resolution --sizes 224 384 --only time
     python -m benchmarks.vision_resolution --out benchmarks/results/vision-resolution-2026-11-25.json
 
-The model is timm's deit_tiny_patch16_224 with random weights, batch 1, float32, forward only, eager. "sdpa" is timm's own
-code (fused attention on); "materialised" is timm's with fused attention off, which makes the matrix; all others are the
-same model with its attention replaced by `apps.vision.timm_models`. Every figure is a ratio of one run on one machine,
-the best of several rounds in which all take turns. Before anything is timed, softmax in place of timm's own and windows as
-wide as the image have to give timm's outputs. A crossover is the first size from which a variant stays faster than SDPA.
-Peak memory is what a forward pass adds to the resident process, each in a process of its own.
+The model is timm's deit_tiny_patch16_224 with random weights, batch 1, float32, forward only, eager. "sdpa" is timm's
+own code (fused attention on); "materialised" is timm's with fused attention off, which makes the matrix; all others are
+the same model with its attention replaced by `apps.vision.timm_models`. Every figure is a ratio of one run on one
+machine, the best of several rounds in which all take turns. Before anything is timed, softmax in place of timm's own
+and windows as wide as the image have to give timm's outputs. A crossover is the first size from which a variant stays
+faster than SDPA. Peak memory is what a forward pass adds to the resident process, each in a process of its own.
 """
 
 import argparse
@@ -75,16 +75,14 @@ def measure_time(sizes: tuple[int, ...], number: int) -> list[dict]:
     for size in sizes:
         x = torch.randn(1, 3, size, size)
         with torch.no_grad():
-            times = rounds(
-                {name: lambda m=m: m(x) for name, m in models.items()}, number if size < 768 else max(2, number // 2)
-            )
+            passes = {name: lambda m=m, x=x: m(x) for name, m in models.items()}
+            times = rounds(passes, number if size < 768 else max(2, number // 2))
         for name, ms in times.items():
             found[name].append(ms)
-        best = max(times["sdpa"] / times[name] for name in FAIR)
-        for name in VARIANTS:
-            rows.append(row("forward, sdpa / variant", name, size, times["sdpa"] / times[name], "", None))
+        ratios = {name: times["sdpa"] / times[name] for name in VARIANTS}
+        rows += [row("forward, sdpa / variant", name, size, ratio, "", None) for name, ratio in ratios.items()]
         if size in BARS:
-            bar = BARS[size]
+            bar, best = BARS[size], max(ratios[name] for name in FAIR)
             rows.append(row("forward, best of linear and hybrid", "", size, best, f">= {bar}", best >= bar))
     tokens = [(size // 16) ** 2 + 1 for size in sizes]
     for name, times in found.items():

@@ -370,7 +370,7 @@ def _summary(options: DataSection, parts, classes, spec, notes, task) -> dict[st
         split = "lists"
     else:
         drawn = f"drawn by class: {options.val_share} val, {options.test_share} test"
-        split = "folders or column" if options.part_column or "{part}" in options.images else f"folders, else {drawn}"
+        split = "folders or column" if options.part_column or "PART" in options.images else f"folders, else {drawn}"
     return {
         "source": "generated" if options.generated else options.path or options.file,
         "images": {part: len(images) for part, images in parts.items()},

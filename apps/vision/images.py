@@ -76,7 +76,7 @@ def read_values(source: bytes | Path | Image.Image) -> Tensor:
 def check_image(source: bytes | Path) -> None:
     """Raise BrokenImage where the head of a file is not that of an image."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())) as image:
             image.verify()
     except Exception as error:
         raise BrokenImage(_reason(error)) from error
@@ -84,15 +84,13 @@ def check_image(source: bytes | Path) -> None:
 
 def _opened(source: bytes | Path | Image.Image) -> Image.Image:
     try:
-        image = (
-            source
-            if isinstance(source, Image.Image)
-            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        )
-        image.load()
+        if not isinstance(source, Image.Image):
+            # Read at once, so that no file stays open behind a broken image.
+            source = Image.open(io.BytesIO(source if isinstance(source, bytes) else source.read_bytes()))
+        source.load()
     except Exception as error:  # Pillow's decoders raise whatever their format makes them raise
         raise BrokenImage(_reason(error)) from error
-    return image
+    return source
 
 
 def _reason(error: Exception) -> str:

@@ -314,7 +314,7 @@ class VisionModel(nn.Module):
                 for key, rule in inner.items()
             }
         return {
-            "stem": r"^backbone\.(stem|table|prefix)",
+            "stem": r"^backbone\.(?:stem|table|prefix)",
             "blocks": [(r"^backbone\.encoder\.blocks\.(\d+)", None), (r"^backbone\.encoder\.norm", (99999,))],
         }
 

@@ -40,9 +40,9 @@ class DataSection(Section):
     generated: GeneratedSection | None = None
     """Make scenes instead of reading images."""
     images: str = ""
-    """Folder of the images below `path`; "{part}" in it stands for train, val and test."""
+    """Folder of the images below `path`; "PART" in it stands for train, val and test."""
     masks: str | None = None
-    """Folder of the masks below `path`, same file names as the images; "{part}" as in `images`."""
+    """Folder of the masks below `path`, same file names as the images; "PART" as in `images`."""
     lists: dict[Literal["train", "val", "test"], str] | None = None
     """Text files below `path`, one image per line (file name, or path; what follows a blank is ignored), by part."""
     image_column: str = "path"

@@ -133,7 +133,7 @@ def _with_classes(names: list[str], options: DataSection, path: Path) -> list[It
     """Items whose class is the name of their folder."""
     items = []
     wanted = options.images.strip("/")
-    places = {part: PurePosixPath(wanted.replace("{part}", part)).parts for part in PARTS} if wanted else {}
+    places = {part: PurePosixPath(wanted.replace("PART", part)).parts for part in PARTS} if wanted else {}
     tops = {name.split("/")[0].lower() for name in names}
     # train/ and a second part make split folders; a class that is called train does not.
     split = (
@@ -145,7 +145,7 @@ def _with_classes(names: list[str], options: DataSection, path: Path) -> list[It
             match = next((p for p, place in places.items() if parts[: len(place)] == place), None)
             if match is None:
                 continue
-            parts, part = parts[len(places[match]) :], match if "{part}" in wanted else ""
+            parts, part = parts[len(places[match]) :], match if "PART" in wanted else ""
         elif split:
             part = _alias(parts[0].lower()) or ""
             if part not in PARTS:
@@ -167,10 +167,10 @@ def _with_masks(names: list[str], options: DataSection, path: Path) -> list[Item
     """Items whose mask has the same name, whatever its suffix, in the folder of the masks."""
     given, masks = options.images.strip("/") or "images", (options.masks or "").strip("/")
     by_stem: dict[tuple[str, ...], str] = {PurePosixPath(name).with_suffix("").parts: name for name in names}
-    split = "{part}" in given or "{part}" in masks
+    split = "PART" in given or "PART" in masks
     items, missing = [], []
     for part in PARTS if split else ("",):
-        folder, beside = (PurePosixPath(one.replace("{part}", part)).parts for one in (given, masks))
+        folder, beside = (PurePosixPath(one.replace("PART", part)).parts for one in (given, masks))
         for name in names:
             parts = PurePosixPath(name).parts
             if parts[: len(folder)] != folder or parts[: len(beside)] == beside:

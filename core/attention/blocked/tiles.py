@@ -27,8 +27,8 @@ from core.attention.blocked import batches, block_elements, full_precision
 from core.attention.contract import accumulator
 
 LEAST, LEAST_OUTSIDE = 4, 5
-"""Least height and width of a tile: for the softmax, and for the sums outside, which keep a state per tile (best of 4, 5,
-6, 8, 10 and 12 on a CPU core at window 5, 2026-11-25). On a line 32, because its tiles have a single row."""
+"""Least height and width of a tile: for the softmax, and for the sums outside, which keep a state per tile (best of 4,
+5, 6, 8, 10, 12 on a CPU core at window 5, 2026-11-25). On a line 32, because its tiles have a single row."""
 
 
 class Tiles:

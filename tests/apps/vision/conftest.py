@@ -85,7 +85,7 @@ def classifier(colours, tmp_path_factory) -> Path:
 def segmenter(halves, tmp_path_factory) -> Path:
     """A run that finds the bright part."""
     torch.manual_seed(0)
-    given = [f"data.path={halves}", "data.images={part}", "data.masks={part}annot", "data.ignore=255"]
+    given = [f"data.path={halves}", "data.images=PART", "data.masks=PARTannot", "data.ignore=255"]
     quick = ["optim.lr=5e-3", "trainer.epochs=8", "data.resize=stretch", "model.head=multiscale", "model.head_width=8"]
     recipe = load_recipe("vision/segmentation", [*given, *SMALL, *quick])
     run = tmp_path_factory.mktemp("runs") / "segmenter"

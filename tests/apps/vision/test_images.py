@@ -40,7 +40,9 @@ def test_grey_is_read_as_colours_and_as_grey(kind):
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bits_keep_their_upper_half(kind):
     deep = ramp().astype(np.uint16) * 1000 + 77
-    assert torch.equal(read_image(saved(Image.fromarray(deep), kind), "grey")[0].int(), torch.from_numpy(deep >> 8).int())
+    assert torch.equal(
+        read_image(saved(Image.fromarray(deep), kind), "grey")[0].int(), torch.from_numpy(deep >> 8).int()
+    )
 
 
 def test_a_camera_that_was_held_sideways():

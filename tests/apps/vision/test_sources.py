@@ -37,7 +37,11 @@ def test_class_folders_at_any_depth_hidden_files_left_out(tmp_path):
 
 def test_split_folders_are_seen_under_their_usual_names(tmp_path):
     touch(tmp_path, "train/cat/a.png", "valid/cat/b.png", "test/dog/c.png")
-    assert {(item.part, item.label) for item in found(tmp_path).items} == {("train", "cat"), ("val", "cat"), ("test", "dog")}
+    assert {(item.part, item.label) for item in found(tmp_path).items} == {
+        ("train", "cat"),
+        ("val", "cat"),
+        ("test", "dog"),
+    }
     # A class that happens to be called train is a class.
     other = touch(tmp_path / "x", "train/a.png", "car/b.png")
     assert {item.label for item in found(other).items} == {"train", "car"}
@@ -45,14 +49,14 @@ def test_split_folders_are_seen_under_their_usual_names(tmp_path):
 
 def test_masks_stand_beside_images_by_name(tmp_path):
     touch(tmp_path, "train/a.jpg", "trainannot/a.png", "val/b.jpg", "valannot/b.png")
-    items = found(tmp_path, "segments", images="{part}", masks="{part}annot").items
+    items = found(tmp_path, "segments", images="PART", masks="PARTannot").items
     assert [(item.image, item.mask, item.part) for item in items] == [
         ("train/a.jpg", "trainannot/a.png", "train"),
         ("val/b.jpg", "valannot/b.png", "val"),
     ]
     touch(tmp_path, "train/c.jpg")
     with pytest.raises(UserError, match="1 images have no mask of the same name in .*, the first is train/c.jpg"):
-        found(tmp_path, "segments", images="{part}", masks="{part}annot")
+        found(tmp_path, "segments", images="PART", masks="PARTannot")
     with pytest.raises(UserError, match=r"no images in trein \(did you mean 'train'\?\)"):
         found(tmp_path, "segments", images="trein", masks="trainannot")
 
