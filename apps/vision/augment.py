@@ -1,5 +1,7 @@
 """What training does to an image and its mask. All chance is drawn from the process's generators, which a run saves."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -110,10 +112,10 @@ class Mixing:
     """timm's Mixup and CutMix over a batch, and label smoothing: images and classes -> images and soft classes."""
 
     def __init__(self, options: AugmentSection, classes: int):
-        from timm.data import Mixup
+        from timm.data.mixup import Mixup
 
         self.classes, self.smoothing = classes, options.smoothing
-        alphas = {"mixup_alpha": options.mixup, "cutmix_alpha": options.cutmix}
+        alphas: dict[str, Any] = {"mixup_alpha": options.mixup, "cutmix_alpha": options.cutmix}
         on = options.mixup or options.cutmix
         self.mixup = Mixup(**alphas, label_smoothing=self.smoothing, num_classes=classes) if on else None
 

@@ -215,7 +215,8 @@ def _classes(items: list[Item], kept: list[Any], options: DataSection, task: str
             for value in mask.unique().tolist():
                 found[value] += 1
                 where.setdefault(value, item.name)
-        found.pop(options.ignore, None)
+        if options.ignore is not None:
+            found.pop(options.ignore, None)
         if not kept and options.classes is None:
             raise UserError("data.cache=false reads masks late, so name the classes: data.classes=[road,sky,...]")
         names = options.classes or [str(value) for value in range(max(found, default=1) + 1)]

@@ -16,7 +16,7 @@ TASKS = ("classes", "labels", "segments", "values")
 class GeneratedSection(Section):
     """The generated scenes of the demo: their best possible accuracy is known, see `generated.py`."""
 
-    images: int = Field(3000, ge=10)
+    images: int = Field(default=3000, ge=10)
     """Scenes in all three parts together."""
     size: Size = 128
     """Rows and columns in pixels; the marks keep their size, so a larger scene puts them further apart."""
@@ -24,7 +24,7 @@ class GeneratedSection(Section):
     """Share of scenes whose label is wrong on purpose: nobody can score above one minus this."""
     task: Literal["classes", "segments"] = "classes"
     """classes: do the two marks agree; segments: the mask of the marks, by kind."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of the scenes; the seed of the run does not change the data."""
 
 
@@ -53,15 +53,15 @@ class DataSection(Section):
     """Column of a table that says train, val or test; null: the shares decide."""
     separator: str = ";"
     """Between the classes of one cell (task=labels)."""
-    classes: list[str] | None = Field(None, min_length=2)
+    classes: list[str] | None = Field(default=None, min_length=2)
     """Names of the classes in order of their number; null: found (folders and labels sorted; masks: numbers)."""
-    ignore: int | None = Field(None, ge=0, le=255)
+    ignore: int | None = Field(default=None, ge=0, le=255)
     """Number in the masks that is neither learned nor scored, such as 255 or CamVid's 11."""
     val_share: Share = 0.15
     """Share of the images for validation where there are no parts; drawn by class."""
     test_share: Share = 0.15
     """Share of the images for testing where there are no parts."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use so many training images at most, drawn by class."""
     on_broken: Literal["error", "skip"] = "error"
     """Images that cannot be read: an error that names the first and their number, or left out, named and counted."""
@@ -71,9 +71,9 @@ class DataSection(Section):
     """Rows and columns that the model is trained at; one number: a square."""
     resize: Literal["crop", "stretch", "pad"] = "crop"
     """crop: the middle of the image; stretch: the whole, out of shape; pad: the whole, with a masked border."""
-    crop_ratio: float = Field(1.0, gt=0, le=1)
+    crop_ratio: float = Field(default=1.0, gt=0, le=1)
     """Share of the shorter side that the middle crop of the evaluation takes."""
-    shrink: int | None = Field(None, ge=8)
+    shrink: int | None = Field(default=None, ge=8)
     """Shrink images to this shorter side when they are read, to save memory and time; null: as they are."""
     cache: bool = True
     """Keep the read images in memory; off for what does not fit there."""
@@ -108,19 +108,19 @@ class AugmentSection(Section):
     """Mirror half of the images."""
     flip_rows: bool = False
     """Also turn half of them upside down."""
-    colour: float = Field(0.0, ge=0, le=1)
+    colour: float = Field(default=0.0, ge=0, le=1)
     """Largest random change of brightness, contrast and saturation, as a share."""
     rand_augment: str | None = None
     """timm's RandAugment in its own words, such as rand-m9-mstd0.5-inc1; only without masks."""
     erasing: Share = 0.0
     """Probability of timm's random erasing."""
-    mixup: float = Field(0.0, ge=0)
+    mixup: float = Field(default=0.0, ge=0)
     """Alpha of timm's Mixup; 0: off."""
-    cutmix: float = Field(0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
     """Alpha of timm's CutMix; 0: off. Both on: in turn, by chance."""
     smoothing: Share = 0.0
     """Label smoothing."""
-    sizes: list[Size] | None = Field(None, min_length=1)
+    sizes: list[Size] | None = Field(default=None, min_length=1)
     """Progressive resolution: the training size rises through these in equal shares of the steps up to data.size."""
 
     @model_validator(mode="after")
@@ -137,11 +137,11 @@ class AugmentSection(Section):
 class DistilSection(Section):
     """How a converted model learns from its source, see `convert.py`."""
 
-    steps: int = Field(200, ge=0)
+    steps: int = Field(default=200, ge=0)
     """First so many steps: each layer's new attention learns the output of the old one, on the source's own inputs."""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     """Weight of the source's answers (KL) beside the labels afterwards."""
-    temperature: float = Field(2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0)
     """Softening of these answers."""
 
 
@@ -160,21 +160,21 @@ class ModelSection(Section):
     """Run of this app whose attention is to be replaced: its weights, then distillation (section `distil`)."""
     distil: DistilSection = Field(default_factory=DistilSection)
     """How the converted model learns from `convert_from`."""
-    patch: int = Field(16, ge=1)
+    patch: int = Field(default=16, ge=1)
     """Pixels per side of a token (plain backbone; timm: 16 stands for the model's own)."""
     stem: Literal["patch", "conv"] = "patch"
     """How pixels become tokens: one linear map per patch, or 3 x 3 convolutions of stride 2 (patch is a power of 2)."""
-    stem_width: int | None = Field(None, ge=4)
+    stem_width: int | None = Field(default=None, ge=4)
     """Channels of the first convolution of the stem, doubled at each step up to backbone.dim; null: dim / 4."""
-    registers: int = Field(0, ge=0)
+    registers: int = Field(default=0, ge=0)
     """Learned tokens before the image's (plain backbone)."""
     pool: Literal["mean", "token"] = "mean"
     """What classifies: the mean of the image's tokens, or a class token (plain backbone)."""
     head: Literal["plain", "multiscale"] = "plain"
     """Of segments and values: one linear map per token, or tokens and finer maps brought together."""
-    head_width: int = Field(64, ge=8)
+    head_width: int = Field(default=64, ge=8)
     """Channels of the multiscale head."""
-    class_balance: float = Field(0.0, ge=0, le=1)
+    class_balance: float = Field(default=0.0, ge=0, le=1)
     """Weigh classes by their share of the training part to the power of minus this; 0: alike."""
     eval_sizes: list[Size] = Field(default_factory=list)
     """Sizes other than data.size at which the test part is scored, too: the resolution-transfer table."""
@@ -201,7 +201,7 @@ class ModelSection(Section):
 class VisionOptimSection(OptimSection):
     """AdamW as in every app, and layer decay."""
 
-    layer_decay: float = Field(1.0, gt=0, le=1)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of a layer as a share of the one above it (timm's rule): below 1 for pretrained weights."""
 
 
@@ -214,9 +214,9 @@ class PredictSection(Section):
     """Rows and columns at which images are read; null: data.size, masks: the image's own size within `window`."""
     window: Size | None = None
     """Masks: side of the square, or rows and columns, that is segmented at a time; null: data.size."""
-    overlap: float = Field(0.5, ge=0, lt=1)
+    overlap: float = Field(default=0.5, ge=0, lt=1)
     """Share by which neighbouring windows overlap; their answers are blended."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Images or windows at a time."""
 
 

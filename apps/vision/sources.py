@@ -4,7 +4,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -192,7 +192,7 @@ def _with_masks(names: list[str], options: DataSection, path: Path) -> list[Item
     return items
 
 
-def _apply_lists(found: Found, lists: dict[str, str], root: Path) -> None:
+def _apply_lists(found: Found, lists: Mapping[Any, str], root: Path) -> None:
     """Keep the items that the lists name, in the part whose list it is; what they name beyond that is counted."""
     names, full = {}, {}
     for item in found.items:

@@ -35,6 +35,7 @@ class VisionTask(Task):
     recipe: VisionRecipe
     mean: Tensor
     std: Tensor
+    weights: Tensor | None
 
     def __init__(self, recipe: VisionRecipe, spec: dict[str, Any]):
         super().__init__(recipe, spec)
@@ -91,7 +92,7 @@ class VisionTask(Task):
         x, real = self._inputs(batch)
         target: Any = batch.get("label", batch.get("mask"))
         if self.eraser is not None:
-            self.eraser.device = x.device
+            self.eraser.device = str(x.device)
             x = self.eraser(x)
         if self.mixing is not None:
             x, target = self.mixing(x, target)
@@ -148,7 +149,7 @@ class VisionTask(Task):
         decay = self.recipe.optim.layer_decay
         if decay == 1.0:
             return configured
-        from timm.optim import param_groups_layer_decay
+        from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 
         from core.training.optim import build_scheduler
 

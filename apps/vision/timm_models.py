@@ -16,8 +16,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention as TimmAttention
-from timm.layers import AttentionRope
+from timm.layers.attention import Attention as TimmAttention
+from timm.layers.attention import AttentionRope
 from timm.models import load_state_dict
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
@@ -188,7 +188,7 @@ def _replace(module: Any, chosen: dict[str, Any]) -> None:
     variant = build(name, heads, **options).to(device=weight.device, dtype=weight.dtype).train(module.training)
     # As torch's parametrizations do it: the instance gets a class of its own, and keeps all that it holds.
     module.__class__ = type(f"Own{stock.__name__}", (OwnAttention, stock), {"__module__": __name__})
-    module.fused_attn, module.variant, module.grid = True, variant, None
+    module.fused_attn, module.variant, module.grid = True, variant, None  # type: ignore[assignment]
 
 
 def _watch_grid(model: nn.Module, modules: list[nn.Module]) -> None:
@@ -230,7 +230,7 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     state = convert(state, model) if convert is not None else state
     own = model.state_dict()
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     heads = {name for name, module in model.named_modules() if module is head and name}
     of_head = {
         name for name in {*state, *own} if any(name.startswith(f"{one}.") for one in (*heads, "head", "head_dist"))

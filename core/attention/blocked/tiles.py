@@ -144,7 +144,7 @@ def near_forward(
         return out, mass
     with full_precision(q.device):
         tiles = Tiles(rows, columns, window)
-        items, runs, queries = tiles.plan(*q.shape[:2], q.device)
+        items, runs, queries = tiles.plan(q.shape[0], q.shape[1], q.device)
         for part in items:
             near = _Near(q, k, key_mask, tiles, scale, part)
             values = tiles.bordered(tiles.tiled(v[part].to(near.acc)))
@@ -187,7 +187,7 @@ def near_backward(
         return dq, dk, dv
     with full_precision(q.device):
         tiles = Tiles(rows, columns, window)
-        items, runs, queries = tiles.plan(*q.shape[:2], q.device)
+        items, runs, queries = tiles.plan(q.shape[0], q.shape[1], q.device)
         for part in items:
             near = _Near(q, k, key_mask, tiles, scale, part)
             do = d_out[part].to(near.acc)
@@ -227,7 +227,7 @@ def outside(a: Tensor, b: Tensor, c: Tensor, rows: int, columns: int, window: in
         return y
     with full_precision(a.device):
         tiles = Tiles(rows, columns, window, LEAST_OUTSIDE)
-        items, runs, queries = tiles.plan(*a.shape[:2], a.device)
+        items, runs, queries = tiles.plan(a.shape[0], a.shape[1], a.device)
         chunks = [slice(lo, lo + queries) for lo in range(0, tiles.size, queries)]
         bands = [tiles.near(a.device, chunks[0])] if len(chunks) == 1 else None
         for part in items:

@@ -170,8 +170,10 @@ def _joined(grid: Attended, q, k, v, key_mask, scale) -> Attended:
     mask = None if key_mask is None else key_mask[:, :first]
     before = softmax.attend(q[:, :, first:], k[:, :, :first], v[:, :, :first], key_mask=mask, **options)
     own = softmax.attend(q[:, :, :first], k, v, key_mask=key_mask, **options)
-    parts = zip(own, merge(grid, before))
-    return Attended(*(torch.cat(pair, 2) for pair in parts))
+    rest = merge(grid, before)
+    assert own.log_mass is not None
+    assert rest.log_mass is not None
+    return Attended(torch.cat((own.out, rest.out), 2), torch.cat((own.log_mass, rest.log_mass), 2))
 
 
 def _pairs(length: int, window: int, grid: tuple[int, int] | None) -> int:

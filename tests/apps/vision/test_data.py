@@ -63,7 +63,7 @@ def test_broken_images_are_an_error_or_left_out_and_named(colours, tmp_path):
     assert sum(data.summary["images"].values()) == 16
     assert data.summary["broken"]["count"] == 2
     assert [line.split(":")[0] for line in data.summary["broken"]["files"]] == ["red/x1.png", "red/x2.png"]
-    with pytest.raises(UserError, match="red/x1.png"):
+    with pytest.raises(UserError, match=r"red/x1.png"):
         data_of(tmp_path, "data.cache=false")
 
 
@@ -143,7 +143,7 @@ def test_grey_images_and_mean_of_the_data(colours):
     colour = data_of(colours).spec["mean"]
     assert abs(colour[0] - 130 / 255) < 0.02  # half the images have 200 red, half 60
     assert abs(colour[1] - 60 / 255) < 0.02
-    with pytest.raises(UserError, match="must have 1 numbers for data.channels=grey"):
+    with pytest.raises(UserError, match=r"must have 1 numbers for data.channels=grey"):
         data_of(colours, "data.channels=grey", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
 
 
@@ -151,5 +151,5 @@ def test_a_missing_folder_says_where_to_get_it(monkeypatch, tmp_path):
     monkeypatch.delenv("LONGSPAN_DATA", raising=False)
     with pytest.raises(UserError, match=r"trashnet is not here \(LONGSPAN_DATA is not set\).*garythung/trashnet"):
         build_data(load_recipe("vision/trashnet"))
-    with pytest.raises(UserError, match="data.path: there is no file"):
+    with pytest.raises(UserError, match=r"data.path: there is no file"):
         data_of(tmp_path / "gone")

@@ -98,16 +98,16 @@ def test_mistakes_name_the_file_and_what_would_be_right(classifier, segmenter, t
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read .*broken.png: not an image"):
         predict(classifier, tmp_path / "broken.png", tmp_path / "o.csv")
-    with pytest.raises(UserError, match="classes are written to a .csv file"):
+    with pytest.raises(UserError, match=r"classes are written to a .csv file"):
         predict(classifier, tmp_path / "broken.png", tmp_path / "o.png")
-    with pytest.raises(UserError, match="masks are written to a folder"):
+    with pytest.raises(UserError, match=r"masks are written to a folder"):
         predict(segmenter, tmp_path / "broken.png", tmp_path / "o.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images; known suffixes"):
+    with pytest.raises(UserError, match=r"no images; known suffixes"):
         predict(classifier, tmp_path / "empty", tmp_path / "o.csv")
+    run = load_run(segmenter)
+    run.recipe.predict.window = 30
     with pytest.raises(UserError, match=r"predict.window=\[30, 30\] does not divide into patches of 8"):
-        run = load_run(segmenter)
-        run.recipe.predict.window = 30
         segment(run.task, run.recipe, torch.zeros(3, 40, 40, dtype=torch.uint8))
 
 
@@ -144,5 +144,5 @@ def test_the_receptive_field_of_a_window_is_smaller_than_that_of_softmax(colours
 def test_a_table_of_a_run_that_skips_broken_images_names_them(classifier, tmp_path):
     run = json.loads((classifier / "config.json").read_text())
     assert run["recipe"]["data"]["on_broken"] == "error"  # settings of reading are the run's; predict.* may change
-    with pytest.raises(UserError, match="predict"):
+    with pytest.raises(UserError, match=r"predict"):
         predict(classifier, tmp_path, tmp_path / "o.csv", ["data.on_broken=skip"])

@@ -55,7 +55,7 @@ def test_masks_stand_beside_images_by_name(tmp_path):
         ("val/b.jpg", "valannot/b.png", "val"),
     ]
     touch(tmp_path, "train/c.jpg")
-    with pytest.raises(UserError, match="1 images have no mask of the same name in .*, the first is train/c.jpg"):
+    with pytest.raises(UserError, match=r"1 images have no mask of the same name in .*, the first is train/c.jpg"):
         found(tmp_path, "segments", images="PART", masks="PARTannot")
     with pytest.raises(UserError, match=r"no images in trein \(did you mean 'train'\?\)"):
         found(tmp_path, "segments", images="trein", masks="trainannot")
@@ -73,12 +73,12 @@ def test_lists_choose_parts_and_what_is_absent_is_counted(tmp_path):
     }
     assert some.notes == {"listed_but_absent": {"train": 1}, "there_but_not_listed": 1}
     (tmp_path / "test.txt").write_text("cat1.jpg\n")
-    with pytest.raises(UserError, match="test.txt, line 1: cat1.jpg is in the list of train, too"):
+    with pytest.raises(UserError, match=r"test.txt, line 1: cat1.jpg is in the list of train, too"):
         found(tmp_path, images="set", lists={"train": "train.txt", "test": "test.txt"})
-    with pytest.raises(UserError, match="there is no file .*trains.txt .did you mean 'train.txt'"):
+    with pytest.raises(UserError, match=r"there is no file .*trains.txt .did you mean 'train.txt'"):
         found(tmp_path, images="set", lists={"train": "trains.txt"})
     touch(tmp_path / "set", "dog/cat1.jpg")
-    with pytest.raises(UserError, match="line 1: cat1.jpg is there 2 times"):
+    with pytest.raises(UserError, match=r"line 1: cat1.jpg is there 2 times"):
         found(tmp_path, images="set", lists={"train": "train.txt"})
 
 
@@ -91,13 +91,13 @@ def test_tables_give_paths_classes_and_parts(tmp_path):
         ("pics/b.png", ["cat", "dog"], "val"),
     ]
     assert some.store.read(some.items[0].image) == tmp_path / "pics" / "a.png"
-    with pytest.raises(UserError, match="no column 'labl'.*did you mean 'label'"):
+    with pytest.raises(UserError, match=r"no column 'labl'.*did you mean 'label'"):
         found(tmp_path / "t.csv", label_column="labl")
     (tmp_path / "t.csv").write_text("path,label,split\na.png,cat,tset\n")
     with pytest.raises(UserError, match=r"t.csv, line 2: split is 'tset'; known: train, val, test"):
         found(tmp_path / "t.csv", part_column="split")
     (tmp_path / "t.csv").write_text("path,label\na.png,\n")
-    with pytest.raises(UserError, match="line 2: label is empty"):
+    with pytest.raises(UserError, match=r"line 2: label is empty"):
         found(tmp_path / "t.csv")
 
 
@@ -117,12 +117,12 @@ def test_archives_are_read_without_unpacking(tmp_path, kind):
     assert {(item.label, item.part) for item in some.items} == {("cat", "train"), ("dog", "test")}
     assert some.store.read(some.items[0].image)[1:4] == b"PNG"
     archive.write_bytes(archive.read_bytes()[:60])
-    with pytest.raises(UserError, match="not a whole archive"):
+    with pytest.raises(UserError, match=r"not a whole archive"):
         found(archive)
 
 
 def test_nothing_to_find_is_said(tmp_path):
-    with pytest.raises(UserError, match="no images; known suffixes: .jpg"):
+    with pytest.raises(UserError, match=r"no images; known suffixes: .jpg"):
         found(tmp_path)
     touch(tmp_path, "a.png")
     with pytest.raises(UserError, match=r"no class folders with images \(class/image.jpg\); 1 images lie elsewhere"):
