@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.vision.images import fitted, resized, resized_mask
+from apps.vision.images import fitted, fitted_mask, resized, resized_mask
 from apps.vision.recipe import AugmentSection
 
 
@@ -84,28 +84,8 @@ class Augment:
         return changed if image.shape[0] == 3 else changed[:1]
 
 
-def fitted_mask(mask: Tensor, size: tuple[int, int], resize: str) -> Tensor:
-    """A mask [H, W] moved as `images.fitted` moves its image; BORDER, of values NaN, beyond what pad shows of it."""
-    if resize == "stretch":
-        return resized_mask(mask, size)
-    high, wide = mask.shape
-    rows, columns = size
-    if resize == "pad":
-        scale = min(rows / high, columns / wide)
-        real = min(rows, max(1, round(high * scale))), min(columns, max(1, round(wide * scale)))
-        whole = torch.full(size, torch.nan if mask.is_floating_point() else BORDER, dtype=mask.dtype)
-        whole[: real[0], : real[1]] = resized_mask(mask, real)
-        return whole
-    scale = max(rows / high, columns / wide)
-    scaled = max(rows, round(high * scale)), max(columns, round(wide * scale))
-    top, left = (scaled[0] - rows) // 2, (scaled[1] - columns) // 2
-    return resized_mask(mask, scaled)[top : top + rows, left : left + columns]
-
-
 GREY = (0.299, 0.587, 0.114)
 """Share of each colour in its grey (ITU-R BT.601)."""
-BORDER = -1
-"""Number in a mask of pixels that are not there."""
 
 
 class Mixing:

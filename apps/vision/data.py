@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apps.vision.augment import Augment, fitted_mask
+from apps.vision.augment import Augment
 from apps.vision.generated import CLASSES, KINDS, generate
-from apps.vision.images import BrokenImage, check_image, fitted, read_image, read_mask, read_values, shrunk
+from apps.vision.images import (
+    BrokenImage,
+    check_image,
+    fitted,
+    read_image,
+    read_mask,
+    read_values,
+    resized_mask,
+    shrunk,
+)
 from apps.vision.recipe import DataSection, VisionRecipe, pair
 from apps.vision.sources import PARTS, Found, Item, Store, find_items
 from core.training.data import Data
@@ -52,7 +61,7 @@ class Images(Dataset):
         for index in indices:
             image, mask = self.get(index)
             if self.augment is not None:
-                smaller = mask if mask is None else fitted_mask(mask, (image.shape[1], image.shape[2]), "stretch")
+                smaller = mask if mask is None else resized_mask(mask, (image.shape[1], image.shape[2]))
                 image, mask, real = self.augment(image, smaller)
             else:
                 for size in self.sizes:

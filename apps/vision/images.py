@@ -1,7 +1,9 @@
 """One image or mask: from any file to an 8-bit tensor, upright, and from there to the size that a model sees."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+BORDER = -1
+"""Number in a mask of pixels that are not there."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
 
 
@@ -98,24 +102,65 @@ def _reason(error: Exception) -> str:
     return "not an image" if "cannot identify" in text else text or type(error).__name__
 
 
-def fitted(image: Tensor, size: tuple[int, int], resize: str, ratio: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
-    """An image uint8 [C, H, W] at the size that a model sees, and how many rows and columns of it are real.
+class Placement(NamedTuple):
+    """How an image is brought to the size that a model sees: scaled, and what of that is looked at.
+
+    scaled: rows and columns after scaling.   corner: first row and column that are looked at.
+    real: rows and columns of the result that show the image; the rest is a border.
+    """
+
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+    real: tuple[int, int]
+
+
+def placement(shape: Sequence[int], size: tuple[int, int], resize: str, ratio: float = 1.0) -> Placement:
+    """Where an image of this shape (rows, columns) goes.
 
     crop: scaled until `size` covers its share `ratio` of the image, then the middle. stretch: scaled out of shape. pad:
-    scaled in shape until it fits, at the upper left of a border of zeros.
+    scaled in shape until it fits, at the upper left.
     """
-    rows, columns = size
+    (high, wide), (rows, columns) = shape, size
     if resize == "stretch":
-        return resized(image, size), size
-    high, wide = image.shape[1:]
+        return Placement(size, (0, 0), size)
     if resize == "pad":
         scale = min(rows / high, columns / wide)
         real = min(rows, max(1, round(high * scale))), min(columns, max(1, round(wide * scale)))
-        return F.pad(resized(image, real), (0, columns - real[1], 0, rows - real[0])), real
+        return Placement(real, (0, 0), real)
     scale = max(rows / high, columns / wide) / ratio
     scaled = max(rows, round(high * scale)), max(columns, round(wide * scale))
-    top, left = (scaled[0] - rows) // 2, (scaled[1] - columns) // 2
-    return resized(image, scaled)[:, top : top + rows, left : left + columns], size
+    return Placement(scaled, ((scaled[0] - rows) // 2, (scaled[1] - columns) // 2), size)
+
+
+def fitted(image: Tensor, size: tuple[int, int], resize: str, ratio: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
+    """An image uint8 [C, H, W] at the size that a model sees, borders 0, and how many rows and columns are real."""
+    place = placement(image.shape[1:], size, resize, ratio)
+    return _looked_at(resized(image, place.scaled), place, size, 0), place.real
+
+
+def fitted_mask(mask: Tensor, size: tuple[int, int], resize: str) -> Tensor:
+    """A mask [H, W] moved as `fitted` moves its image; BORDER, of values NaN, beyond what pad shows of it."""
+    place = placement(mask.shape, size, resize)
+    return _looked_at(resized_mask(mask, place.scaled), place, size, torch.nan if mask.is_floating_point() else BORDER)
+
+
+def _looked_at(x: Tensor, place: Placement, size: tuple[int, int], border: float) -> Tensor:
+    (top, left), (rows, columns) = place.corner, place.real
+    x = x[..., top : top + rows, left : left + columns]
+    return F.pad(x, (0, size[1] - columns, 0, size[0] - rows), value=border) if place.real != size else x
+
+
+def restored(answer: Tensor, shape: Sequence[int], resize: str, ratio: float) -> Tensor:
+    """Maps [K, h, w] over what a model saw -> over the image as it is, [K, *shape]; the way back from `fitted`.
+
+    crop: what lies beyond the middle gets the answers of the nearest pixel that was seen.
+    """
+    place = placement(shape, (answer.shape[1], answer.shape[2]), resize, ratio)
+    (top, left), (rows, columns) = place.corner, place.real
+    answer = answer[:, :rows, :columns]
+    edges = (left, place.scaled[1] - columns - left, top, place.scaled[0] - rows - top)
+    answer = F.pad(answer[None], edges, mode="replicate")
+    return F.interpolate(answer, size=tuple(shape), mode="bilinear", align_corners=False)[0]
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:

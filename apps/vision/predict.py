@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from apps.vision.data import Reader
-from apps.vision.images import SUFFIXES, BrokenImage, normalised, read_image, resized, shrunk
+from apps.vision.images import SUFFIXES, BrokenImage, normalised, read_image, resized, restored, shrunk
 from apps.vision.recipe import PredictSection, VisionRecipe, pair
 from apps.vision.results import overlay, save_mask, spec_labels
 from apps.vision.sources import Store
-from apps.vision.task import VisionTask, restored
+from apps.vision.task import VisionTask
 from apps.vision.tiling import slide
 from core.training.errors import UserError
 from core.training.run import LoadedRun
@@ -141,7 +141,7 @@ def segment(task: VisionTask, recipe: VisionRecipe, image: Tensor) -> Tensor:
         x = normalised(fitted[None], task.mean, task.std)
         shown = torch.tensor([real]) if recipe.data.resize == "pad" else None
         answer = task.answer(x, shown, flips=settings.flips)[0]
-        return restored(answer, image.shape[1:], x.shape[2:], recipe.data, list(real))
+        return restored(answer, image.shape[1:], recipe.data.resize, recipe.data.crop_ratio)
     window, patch = pair(settings.window), task.model.backbone.patch
     if window[0] % patch or window[1] % patch:
         near = [max(patch, round(side / patch) * patch) for side in window]

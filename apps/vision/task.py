@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.vision.augment import BORDER, Mixing
+from apps.vision.augment import Mixing
 from apps.vision.convert import Distillation, load_source, source_is_there, take_over, untrained
-from apps.vision.images import normalised
+from apps.vision.images import BORDER, normalised, restored
 from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
 from apps.vision.model import TimmBackbone, VisionModel, count_cost
 from apps.vision.recipe import VisionRecipe, pair
@@ -212,9 +212,9 @@ class VisionTask(Task):
         if self.kind in ("classes", "labels"):
             self.scores[name].update(answer, batch["label"])
             return answer
-        answers = []
-        for one, mask, part in zip(answer, batch["mask"], batch["real"].tolist()):
-            grown = restored(one, mask.shape, x.shape[2:], self.recipe.data, part)
+        answers, options = [], self.recipe.data
+        for one, mask in zip(answer, batch["mask"]):
+            grown = restored(one, mask.shape, options.resize, options.crop_ratio)
             grown = grown.argmax(0) if self.kind == "segments" else grown[0]
             self.scores[name].update(grown, mask)
             answers.append(grown)
@@ -242,25 +242,6 @@ class VisionTask(Task):
             for image, mask, found in zip(batch["image"], batch["mask"], answer):
                 if len(self.kept) < MOST_OVERLAYS:
                     self.kept.append(Kept(image.cpu(), mask.cpu(), found.cpu()))
-
-
-def restored(answer: Tensor, size: Any, shape: Any, options: Any, real: list[int]) -> Tensor:
-    """Logits [K, h, w] of an image at the model's size -> at the size of the image as it is, [K, *size].
-
-    crop: the middle gets its answers, the rest of the image those of the nearest pixel.
-    """
-    high, wide = size
-    if options.resize == "pad":
-        answer = answer[:, : real[0], : real[1]]
-    elif options.resize == "crop":
-        scale = max(shape[0] / high, shape[1] / wide) / options.crop_ratio
-        whole = max(shape[0], round(high * scale)), max(shape[1], round(wide * scale))
-        top, left = (whole[0] - shape[0]) // 2, (whole[1] - shape[1]) // 2
-        edges = (left, whole[1] - shape[1] - left, top, whole[0] - shape[0] - top)
-        answer = F.pad(answer[None], edges, mode="replicate")[0]
-    if tuple(answer.shape[1:]) == (high, wide):
-        return answer
-    return F.interpolate(answer[None], size=(high, wide), mode="bilinear", align_corners=False)[0]
 
 
 def _weights(counts: list[int], power: float) -> Tensor | None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from apps.vision.augment import BORDER, Augment, Mixing, fitted_mask
-from apps.vision.images import fitted
+from apps.vision.augment import Augment, Mixing
+from apps.vision.images import BORDER, fitted, fitted_mask
 from apps.vision.recipe import AugmentSection
 
 MIDDLE = [128.0] * 3

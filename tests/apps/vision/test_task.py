@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from apps.vision.data import build_data
-from apps.vision.task import _weights, build_task, restored
+from apps.vision.images import fitted, restored
+from apps.vision.task import _weights, build_task
 from core.training.data import eval_loader, train_loader
 from core.training.errors import UserError
 from core.training.fit import fit
@@ -91,21 +92,12 @@ def test_balance_weighs_rare_classes_more():
     assert _weights([900, 100], 0.0) is None
 
 
-class Options:
-    crop_ratio = 1.0
-
-    def __init__(self, resize):
-        self.resize = resize
-
-
 @pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
 def test_answers_come_back_to_the_place_of_their_pixels(resize):
-    from apps.vision.images import fitted
-
     image = torch.zeros(1, 60, 90, dtype=torch.uint8)
     image[:, 20:40, 40:60] = 255
-    shown, real = fitted(image, (32, 32), resize)
-    back = restored(shown.float(), (60, 90), (32, 32), Options(resize), list(real))
+    shown, _ = fitted(image, (32, 32), resize)
+    back = restored(shown.float(), (60, 90), resize, 1.0)
     assert back.shape == (1, 60, 90)
     assert ((back[0] > 128) == (image[0] > 128)).float().mean() > 0.95
 
