@@ -54,7 +54,7 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """3 x 3 convolutions of stride 2 until a pixel is a patch: a better start for few images than one linear map.
 
-    Batch norm, because a norm of each image by itself would take its overall colour and brightness away.
+    Group norm with one group, so that no image depends on its batch.
 
     Source:
         Xiao et al. 2021, arXiv:2106.14881
@@ -65,7 +65,7 @@ class ConvStem(nn.Module):
         self.stages = nn.ModuleList()
         widths = [min(dim, width * 2**i) for i in range(patch.bit_length() - 2)] + [dim] if patch > 1 else [dim]
         for out in widths[:-1]:
-            self.stages.append(nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1), nn.BatchNorm2d(out), nn.GELU()))
+            self.stages.append(nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1), nn.GroupNorm(1, out), nn.GELU()))
             channels = out
         self.last = nn.Conv2d(channels, dim, 3, 2 if patch > 1 else 1, 1)
         self.widths = widths[:-1]
