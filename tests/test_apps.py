@@ -79,7 +79,7 @@ def test_a_reference_that_does_not_hold_is_an_error():
 @pytest.mark.parametrize("name", APPS)
 def test_demo_gives_what_the_glue_expects(name):
     recipe = load_recipe(f"{name}/demo")
-    app = APPS[name]
+    app = APPS[name].judged_for(recipe)
     data = app.part("data")(recipe)
     assert isinstance(data, Data)
     assert data.test is not None
@@ -113,10 +113,11 @@ def test_every_variant_runs_in_every_app(name, variant, tmp_path):
         with pytest.raises(UserError, match=f"attention '{variant}' cannot do 'bidirectional'"):
             fit(load_recipe(f"{name}/demo", overrides), run_dir=tmp_path / "run", quiet=True)
         return
-    result = fit(load_recipe(f"{name}/demo", overrides), run_dir=tmp_path / "run", quiet=True)
+    recipe = load_recipe(f"{name}/demo", overrides)
+    result = fit(recipe, run_dir=tmp_path / "run", quiet=True)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert result.metrics == metrics
-    assert math.isfinite(metrics["test"][APPS[name].metric])
+    assert math.isfinite(metrics["test"][APPS[name].judged_for(recipe).metric])
     assert set(metrics) == {"val", "test", "floors", "cost"}
     written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert written["attention"]["variant"] == variant or variant == "auto"  # whose choice is what was trained

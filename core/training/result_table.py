@@ -6,16 +6,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from core.training.app import App, get_app
+from core.training.app import App
 from core.training.summary import NOISE_FLOOR
 
 
-def print_result(metrics: dict[str, Any], run_dir: Path, app: str, console: Console | None = None) -> None:
+def print_result(metrics: dict[str, Any], run_dir: Path, app: App, console: Console | None = None) -> None:
     """Print to stdout: a table on a terminal; elsewhere only the run folder, for scripts."""
     console = console or Console()
     if console.is_terminal:
-        console.print(result_table(metrics, get_app(app)))
-        console.print(floor_line(metrics, get_app(app)), highlight=False)
+        console.print(result_table(metrics, app))
+        console.print(floor_line(metrics, app), highlight=False)
         console.print(cost_line(metrics["cost"]), highlight=False)
     console.print(str(run_dir), highlight=False, soft_wrap=True)
 

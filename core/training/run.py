@@ -272,7 +272,7 @@ def load_run(run: str | Path) -> LoadedRun:
     run_dir, _, checkpoint = run_checkpoint(run)
     record = checkpoint["longspan"]
     recipe = build_recipe(record["recipe"], source=record["source"])
-    app = get_app(recipe.app)
+    app = get_app(recipe.app).judged_for(recipe)
     task = build_task(recipe, app, record["spec"])
     restore_weights(task, checkpoint)
     task.eval()

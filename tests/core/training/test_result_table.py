@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from core.training.app import App
+from core.training.app import App, get_app
 from core.training.result_table import floor_line, print_result, result_table
 
 LOWER = App(*"nsrdtfp", metric="mse", better="lower")
@@ -46,9 +46,11 @@ def test_the_table_has_the_best_floor_first_and_the_primary_metric_on_top():
 def test_a_terminal_gets_the_table_and_a_script_the_folder(toy, capsys):
     out = io.StringIO()
     found = metrics(0.36, {"ridge": 0.37})
-    print_result(found, toy / "run", "toy", Console(file=out, force_terminal=True, width=200, color_system=None))
+    print_result(
+        found, toy / "run", get_app("toy"), Console(file=out, force_terminal=True, width=200, color_system=None)
+    )
     assert "Better than the best floor, ridge" in out.getvalue()
     assert "12,345 parameters, 1,000 tokens/s, 1.3 ms per step, peak 2 MiB, 3.0 s of training" in out.getvalue()
     assert out.getvalue().splitlines()[-1].rstrip() == str(toy / "run")
-    print_result(found, toy / "run", "toy")
+    print_result(found, toy / "run", get_app("toy"))
     assert capsys.readouterr().out == f"{toy / 'run'}\n"
