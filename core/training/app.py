@@ -37,6 +37,8 @@ class App:
         metric: the primary metric, a key of what the task's `eval_compute` returns; a recipe may have another, see
             `judged_for`.
         better: its direction.
+        inspect: `inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]` writes into a folder what there is
+            to see inside the model; None: nothing.
     """
 
     name: str
@@ -48,8 +50,9 @@ class App:
     predict: str
     metric: str
     better: Literal["lower", "higher"]
+    inspect: str | None = None
 
-    def part(self, name: Literal["recipe", "data", "task", "floors", "predict"]) -> Any:
+    def part(self, name: Literal["recipe", "data", "task", "floors", "predict", "inspect"]) -> Any:
         """The object behind one of the references."""
         return load(getattr(self, name))
 

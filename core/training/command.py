@@ -179,7 +179,17 @@ def _predict(args: argparse.Namespace) -> None:
 
     from core.training.predict import predict
 
-    for path in predict(args.run, args.input, args.output):
+    for path in predict(args.run, args.input, args.output, args.overrides):
+        print(path)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    _must_be_there(args.run, "run folder or checkpoint")
+    _must_be_there(args.input, "input file")
+
+    from core.training.predict import inspect
+
+    for path in inspect(args.run, args.input, args.output, args.overrides):
         print(path)
 
 
@@ -268,6 +278,7 @@ _ACTIONS = {
     "fit": _fit,
     "test": _test,
     "predict": _predict,
+    "inspect": _inspect,
     "compare": _compare,
     "report": _report,
     "bench": _bench,

@@ -54,6 +54,8 @@ class Recipe(Section):
     """The optimiser."""
     trainer: TrainerSection = Field(default_factory=TrainerSection)
     """The loop."""
+    predict: Section = Field(default_factory=Section)
+    """What `longspan predict` and `inspect` do with a user's file; `predict.key=value` may change it after training."""
     seed: int = Field(0, ge=0)
     """Of weights, data order and dropout."""
 

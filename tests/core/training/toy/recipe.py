@@ -26,8 +26,14 @@ class ToyModel(Section):
     """The metric that counts: fit (higher is better); null: the app's."""
 
 
+class ToyPredict(Section):
+    scale: float = 1.0
+    """Factor of what is predicted."""
+
+
 class ToyRecipe(Recipe):
     app: str = "toy"
+    predict: ToyPredict = Field(default_factory=ToyPredict)
     data: ToyData = Field(default_factory=ToyData)
     model: ToyModel = Field(default_factory=ToyModel)
 

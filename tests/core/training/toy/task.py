@@ -86,6 +86,12 @@ def build_task(recipe, spec):
 def predict(run, input, output):
     x = torch.tensor([float(word) for word in input.read_text().split()]).view(-1, run.spec["width"])
     with torch.no_grad():
-        values = run.task.model(x).flatten().tolist()
+        values = (run.recipe.predict.scale * run.task.model(x)).flatten().tolist()
     output.write_text("\n".join(map(str, values)))
     return [output]
+
+
+def inspect(run, input, output):
+    path = output / "weights.txt"
+    path.write_text(f"{run.recipe.predict.scale} {input.name}")
+    return [path]
