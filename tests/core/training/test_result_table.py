@@ -24,7 +24,7 @@ def printed(found, app):
 
 
 def test_the_sentence_about_the_floors():
-    floors = {"last value": 0.9, "ridge": 0.37, "noise_floor": 0.1}
+    floors = {"last value": 0.9, "ridge": 0.37, "optimum": 0.1}
     assert floor_line(metrics(0.36, floors), LOWER).startswith(
         "Better than the best floor, ridge: mse 0.36 against 0.37"
     )
@@ -41,6 +41,17 @@ def test_the_table_has_the_best_floor_first_and_the_primary_metric_on_top():
     assert text.index("0.36") < text.index("other")
     text = printed(metrics(0.36, {"majority": 0.4, "k-mer": 0.9}, "mcc"), HIGHER)
     assert text.index("k-mer") < text.index("majority")
+
+
+def test_an_interval_stands_beside_its_figure_and_is_heeded():
+    found = metrics(0.85, {"k-mer": 0.82}, "mcc")
+    found["test"] |= {"mcc_low": 0.8, "mcc_high": 0.9}
+    text = printed(found, HIGHER)
+    assert "0.85 [0.8, 0.9]" in text
+    assert "mcc_low" not in text
+    assert floor_line(found, HIGHER).startswith("Not separable from k-mer by this test set: mcc 0.85 against 0.82")
+    found["test"] |= {"mcc_low": 0.83}
+    assert floor_line(found, HIGHER).startswith("Better than the best floor, k-mer")
 
 
 def test_a_terminal_gets_the_table_and_a_script_the_folder(toy, capsys):
