@@ -1,0 +1,75 @@
+"""A second class for files of positives alone: shuffled copies, or places of a genome."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from apps.genomics.recipe import DataSection
+from apps.genomics.sequences import Record, read_records
+from core.training.errors import UserError
+from core.training.files import find_file
+
+SEGMENTS, SHUFFLED = 20, 12
+"""DeePromoter (Oubounyt et al. 2019): of 20 segments 12 change places, 8 stay where they are."""
+
+
+def add_negatives(records: Sequence[Record], options: DataSection) -> list[Record]:
+    """The records as class "positive", and as many of class "negative".
+
+    Segments that stay where they are keep part of the signal; what tells the classes apart is also that shuffled
+    borders hold k-mers that real sequences lack. Every report of such a set should name the rule.
+
+    Raises:
+        UserError: a sequence is too short to be cut into segments, or the genome too short to draw from.
+    """
+    random = np.random.default_rng(options.split_seed)
+    for record in records:
+        record.label = "positive"
+    if options.negatives == "shuffle":
+        return [*records, *(_shuffled(record, random) for record in records)]
+    given, public = options.negatives_from, options.negatives_file
+    path = find_file(given, app="genomics", public=public, origin=options.origin, key="data.negatives_from")
+    return [*records, *_places(records, str(path), random)]
+
+
+def _shuffled(record: Record, random: np.random.Generator) -> Record:
+    text = record.sequence
+    if len(text) < SEGMENTS:
+        raise UserError(
+            f"{record.where}: negatives=shuffle cuts {SEGMENTS} segments, the sequence has {len(text)} letters"
+        )
+    borders = np.linspace(0, len(text), SEGMENTS + 1).round().astype(int)
+    segments = [text[a:b] for a, b in pairwise(borders)]
+    chosen = random.permutation(SEGMENTS)[:SHUFFLED]
+    places = np.sort(chosen)
+    mixed = list(segments)
+    for place, source in zip(places, random.permutation(places)):
+        mixed[place] = segments[source]
+    return Record(f"{record.id}-shuffled", f"{record.where} (shuffled)", "".join(mixed), "negative", record.group)
+
+
+def _places(records: Sequence[Record], path: str, random: np.random.Generator) -> list[Record]:
+    genome = read_records(path, DataSection(), labels=False).records
+    longest = max(len(record.sequence) for record in records)
+    contigs = [one for one in genome if len(one.sequence) > longest]
+    if not contigs:
+        raise UserError(f"{path}: no sequence is longer than the positives, which have up to {longest} letters")
+    weights = np.array([len(one.sequence) for one in contigs], dtype=float)
+    found = []
+    for record in records:
+        contig = contigs[int(random.choice(len(contigs), p=weights / weights.sum()))]
+        start = int(random.integers(len(contig.sequence) - len(record.sequence)))
+        text = contig.sequence[start : start + len(record.sequence)]
+        found.append(
+            Record(
+                f"{record.id}-elsewhere",
+                f"{contig.where}, base {start + 1}",
+                text,
+                "negative",
+                record.group,
+                contig=contig.id,
+                start=start,
+            )
+        )
+    return found
