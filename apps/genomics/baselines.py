@@ -189,15 +189,18 @@ def _language(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
         models = {side: Neighbours(codes["train"], side, alphabet) for side in sides}
         best = min(models, key=lambda side: figures(models[side].score, "val")["masked_nats_per_base"])
         return {"neighbours_0": figures(models[0].score), f"neighbours_{best}": figures(models[best].score)}
-    highest = HIGHEST if alphabet.name == "dna" else 3
     found = {}
-    for name, both in {"markov": False, "markov_both_strands": alphabet.complement is not None}.items():
-        if name != "markov" and not both:
+    for name, both in {"markov": False, "markov_both_strands": True}.items():
+        if both and alphabet.complement is None:
             continue
-        model = Markov(codes["train"], highest, alphabet, both_strands=both)
-        orders = {k: figures(lambda one, k=k: model.score(one, k), "val")["nats_per_base"] for k in range(highest + 1)}
-        best = min(orders, key=lambda k: orders[k])
+        model = Markov(codes["train"], HIGHEST[alphabet.name], alphabet, both_strands=both)
+
+        def scored(order: int, part: str, model: Markov = model) -> Scores:
+            return figures(lambda one: model.score(one, order), part)
+
+        orders = [scored(order, "val")["nats_per_base"] for order in range(model.order + 1)]
+        best = int(np.argmin(orders))
         if not both:
-            found["markov_0"] = figures(lambda one: model.score(one, 0))
-        found[f"{name}_{best}"] = figures(lambda one: model.score(one, best))
+            found["markov_0"] = scored(0, "test")
+        found[f"{name}_{best}"] = scored(best, "test")
     return found

@@ -336,7 +336,7 @@ def _tokens(recipe: GenomicsRecipe, alphabet: Alphabet, train: Sequence[np.ndarr
 
 
 def _asked(record: Record, found: np.ndarray, tokens: Tokens, options: DataSection) -> np.ndarray | None:
-    """Which tokens a language model is asked: no ambiguous letters, no soft-masked ones if the recipe leaves them out."""
+    """Which tokens a language model is asked: no ambiguous letters; no soft-masked ones if the recipe says so."""
     asked = found < tokens.targets
     if options.lower == "mask" and tokens.is_char:
         asked &= np.frombuffer(record.sequence.encode("latin-1"), dtype=np.uint8) < ord("a")
@@ -359,8 +359,8 @@ def _check_leaks(
             if options.leaks == "refuse" and leaks.copied.any():
                 first = parts[part][0][int(leaks.copied.argmax())]
                 raise UserError(
-                    f"{int(leaks.copied.sum())} sequences of the {part} part have a copy in the training part, the first "
-                    f"is {first.where}; say data.leaks=drop to leave them out, or warn to go on"
+                    f"{int(leaks.copied.sum())} sequences of the {part} part have a copy in the training part, "
+                    f"the first is {first.where}; say data.leaks=drop to leave them out, or warn to go on"
                 )
     summary["leaks"] = told
     return copied

@@ -1,6 +1,7 @@
 """Stretches of tokens as batches: what the model reads of one part of the data."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ def cut(
 
     Args:
         length: of the sequence.   size: of a stretch; None: the whole.
-        stride: tokens between stretches, all of which are scored wholly: for training. A last one ends with the sequence.
+        stride: tokens between stretches that are scored wholly: for training. A last one ends with the sequence.
         overlap: tokens that neighbours share, each token being scored once, where it stands farthest from an edge
             (causal: where it has most before it).
     """
@@ -41,7 +42,7 @@ def cut(
     if stride is not None:
         return [(at, at + size, at, at + size) for at in starts]
     borders = [0]
-    for before, after in zip(starts, starts[1:]):
+    for before, after in pairwise(starts):
         shared = before + size - after
         borders.append(before + size if causal else after + (shared + 1) // 2)
     borders.append(length)
@@ -55,7 +56,7 @@ class Items(Dataset):
         part: "train", "val" or "test".
         sequences: tokens of each sequence, uint8 or int32.
         stretches: what is an item.
-        targets: per sequence: class, vector, or one value per token; None: there are none (language models, prediction).
+        targets: per sequence: class, vector, or one value per token; None: language models, prediction.
         others: the same sequences read on the other strand, where that cannot be worked out from the tokens.
         scored: bool per token and sequence, False where a language model is not asked; None: everywhere.
         copied: bool per sequence, it has a copy in the training part.

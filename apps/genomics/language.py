@@ -31,6 +31,7 @@ class LanguageTask(GenomicsTask):
         self.start_pass("")
 
     def start_pass(self, part: str) -> None:
+        """Forget what the last pass kept."""
         self.nats: list[np.ndarray] = []
         self.counts: list[np.ndarray] = []
         self.right = self.asked = 0

@@ -75,7 +75,7 @@ def fit_labels(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarra
 
 
 def fit_numbers(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge regression with an unpenalised mean: y [n, T]; weights [F, T] and bias [T]. One-hot columns keep their scale."""
+    """Ridge with an unpenalised mean: y [n, T]; weights [F, T] and bias [T]. One-hot columns keep their scale."""
     used, centre, scale = _scaling(x)
     if x.max(initial=0) == 1:  # letters by position: the published ridge does not scale them
         scale = np.ones_like(scale)

@@ -6,11 +6,12 @@ import numpy as np
 
 from apps.genomics.alphabet import Alphabet
 
-HIGHEST = 10
+HIGHEST = {"dna": 10, "protein": 3}
+"""Orders that the floor chooses from go up to these."""
 
 
 def contexts(codes: np.ndarray, order: int, atoms: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the `order` letters before each position [L] int64, and whether there are so many, all of them atoms."""
+    """Number of the `order` letters before each position, [L] int64, and whether they are there and all atoms."""
     ids, clean = np.zeros(len(codes), dtype=np.int64), np.ones(len(codes), dtype=bool)
     for back in range(order, 0, -1):
         before = np.full(len(codes), atoms, dtype=np.int64)

@@ -80,7 +80,7 @@ class SequenceModel(nn.Module):
         spec: what `build_data` found: task, names, tokens, length, shortcut.
 
     Raises:
-        ValueError: a pool or shortcut that needs sequences of one length where they are not, or what the encoder refuses.
+        ValueError: a pool that needs sequences of one length where they are not, or what the encoder refuses.
     """
 
     complement: Tensor
@@ -191,7 +191,7 @@ class SequenceModel(nn.Module):
         return y if self.shortcut is None else y + self.shortcut(ids, mask)
 
     def _tied(self, ids: Tensor, mask: Tensor, other_ids: Tensor, other_mask: Tensor) -> Tensor:
-        """Both strands read with the same weights. Per token g(a, b) + mirrored g(b, a) is equivariant whatever g is."""
+        """Both strands read with the same weights; per token g(a, b) + mirrored g(b, a) is equivariant for any g."""
         ours, theirs = self.hidden(ids, mask), self.hidden(other_ids, other_mask)
         if self.per_token:
             theirs = flipped(theirs, mask)

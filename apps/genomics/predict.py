@@ -51,7 +51,8 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
         UserError: the input is not what the run can read, or the suffix of the output cannot hold the answer.
     """
     task, recipe = run.task, run.recipe
-    assert isinstance(task, GenomicsTask) and isinstance(recipe, GenomicsRecipe)
+    assert isinstance(task, GenomicsTask)
+    assert isinstance(recipe, GenomicsRecipe)
     settings = recipe.predict
     output.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():

@@ -137,7 +137,7 @@ class DataSection(Section):
     overlap: int = Field(0, ge=0)
     """Bases that stretches share in validation, test and prediction, so that no scored base lacks its context."""
     crop: Literal["error", "start", "centre", "end"] = "error"
-    """What happens to a sequence longer than `length` whose label is that of the whole: an error, or which part stays."""
+    """What happens to a sequence longer than `length` that has one label: an error, or which part stays."""
 
     @model_validator(mode="after")
     def _sources_agree(self) -> Self:
@@ -205,7 +205,7 @@ class PredictSection(Section):
     what: Literal["predictions", "embeddings", "token_embeddings"] = "predictions"
     """Predictions, or vectors: one per sequence, or one per token (.npz)."""
     reference: str | None = None
-    """FASTA or GenBank file that BED and VCF files point into; for mutation lists the wild type. null: data.reference."""
+    """FASTA or GenBank that BED and VCF files point into; for mutation lists the wild type. null: data.reference."""
     context: int | None = Field(None, ge=2)
     """Bases around a variant that are scored; null: as many as the model was trained on."""
     stream: bool = False
@@ -227,7 +227,7 @@ class GenomicsRecipe(Recipe):
     """What is learned: one class, several labels or numbers per sequence; a class or number per base (tokens,
     token_regression); a language model that reads on (causal) or fills gaps (masked)."""
     metric: str | None = None
-    """What picks the best epoch and is reported first; null: mcc, auprc, spearman, pearson or perplexity by the task."""
+    """What picks the best epoch and is reported first; null: mcc, auprc, spearman or perplexity by the task."""
     data: DataSection = Field(default_factory=DataSection)  # type: ignore[assignment]
     """Where the sequences and their labels come from, how they are checked, and how they are cut."""
     model: ModelSection = Field(default_factory=ModelSection)  # type: ignore[assignment]
@@ -254,7 +254,7 @@ class GenomicsRecipe(Recipe):
         if per_base and data.tokens != "char":
             raise ValueError(f"task={self.task} has an answer per base and needs data.tokens=char, got {data.tokens}")
         if language and re.fullmatch(r"kmer:\d+(:\d+)?", data.tokens):
-            k, stride = (data.tokens.split(":") + ["1"])[1:3]
+            k, stride = [*data.tokens.split(":"), "1"][1:3]
             if k != stride:
                 raise ValueError(f"overlapping k-mers tell each other's letters; for task={self.task} say kmer:{k}:{k}")
         if model.strand != "none" and data.alphabet == "protein":

@@ -52,7 +52,8 @@ class Reference:
             ) from error
         except (pyfaidx.FastaIndexingError, pyfaidx.FetchError, ValueError, OSError) as error:
             raise UserError(f"{path}: cannot be indexed as FASTA: {(str(error).splitlines() or [''])[0]}") from error
-        found = cls(path, fasta, {name: len(fasta[name]) for name in fasta.keys()}  # noqa: SIM118 - iterating the object itself gives records)
+        names = list(fasta.keys())  # iterating the object itself gives records
+        found = cls(path, fasta, {name: len(fasta[name]) for name in names})
         found._folder = folder
         if not found.lengths:
             raise UserError(f"{path}: there is no sequence in this reference")

@@ -39,7 +39,7 @@ class Record:
     Attributes:
         id: unique within a file.   where: "genes.fa, record 3 'abc'", for messages.
         sequence: letters as they stand in the file.
-        label: what the file says of it: text, a list of texts (several columns), or classes per base [L]; None: nothing.
+        label: what the file says: text, a list of texts (several columns), or classes per base [L]; None: nothing.
         group, split: as columns or header say.
         contig, start, strand: where it comes from; start counts from 0, strand is + or -.
         scored: bool [L], the bases that count; None: all.

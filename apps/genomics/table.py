@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,8 @@ def find_columns(names: list[str], options: DataSection, source: str, labels: bo
     if sequence is None and not (contig and {"start", "end"} <= {name.lower() for name in names}):
         near = nearest("sequence", names)
         raise UserError(
-            f"{source}: there is no column with sequences{near}; columns: {', '.join(names)}; say data.sequence=COLUMN, "
-            "or data.columns=[...] if the table has no header line"
+            f"{source}: there is no column with sequences{near}; columns: {', '.join(names)}; "
+            "say data.sequence=COLUMN, or data.columns=[...] if the table has no header line"
         )
     one = _found(names, "label")
     return Columns(
@@ -148,7 +149,7 @@ def plain_letters(text: str) -> str:
     if len(words) < 3:
         return "".join(words)
     k = len(words[0])
-    if k > 1 and all(len(b) == k and a[1:] == b[:-1] for a, b in zip(words, words[1:])):
+    if k > 1 and all(len(b) == k and a[1:] == b[:-1] for a, b in pairwise(words)):
         return words[0] + "".join(word[-1] for word in words[1:])
     return "".join(words)
 

@@ -88,6 +88,7 @@ class SequenceTask(GenomicsTask):
         self.start_pass("")
 
     def start_pass(self, part: str) -> None:
+        """Forget what the last pass kept."""
         self.kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,6 +151,7 @@ class BaseTask(GenomicsTask):
         self.start_pass("")
 
     def start_pass(self, part: str) -> None:
+        """Forget what the last pass kept."""
         self.sums: list[np.ndarray] = []
         self.kept: list[tuple[np.ndarray, np.ndarray]] = []
         self.bases = 0

@@ -8,7 +8,7 @@ The recipe says it in one word, `data.tokens`:
     bpe:1024        byte-pair encoding with 1024 pieces, learned from the training part and kept in the checkpoint
 
 Ids below `Tokens.targets` are what a language model predicts; each stands for `Tokens.bases[id]` letters, so that a
-perplexity is per base whatever the tokens are. Then come ambiguous letters, and two that no sequence holds: MASK, START.
+perplexity is per base whatever the tokens are. Then come ambiguous letters, and two that stand in no file: MASK, START.
 """
 
 import json
