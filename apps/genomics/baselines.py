@@ -10,7 +10,8 @@
     neighbours                masked models: the letters on both sides tell the one between
     optimum                   generated data: what nobody can better
 
-Size and strength are chosen on the validation part; then the floor is fitted on training and validation together.
+Size and strength are chosen on the validation part (without one: the first size, strength 1); then the floor is fitted
+on training and validation together.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def floors(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
 
 def _sequences(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
     alphabet = ALPHABETS[recipe.data.alphabet]
-    parts: dict[str, Items] = {"train": data.train, "val": data.val, "test": data.test}  # type: ignore[dict-item]
+    parts: dict[str, Any] = {"train": data.train, "val": data.val, "test": data.test}
+    parts = {part: items for part, items in parts.items() if items is not None}
     codes = {part: _letters(items, alphabet, data) for part, items in parts.items()}
     targets = {part: np.stack([np.asarray(one) for one in items.targets or []]) for part, items in parts.items()}
     names = data.spec["names"]
@@ -103,16 +105,19 @@ def _best(
     sign = 1 if better == "higher" else -1
     strengths = linear.RIDGE if recipe.task == "regression" else linear.LOGISTIC
     step = max(1, -(-len(codes["train"]) // MOST_ROWS))
+    kind, size, strength = choices[0][0], choices[0][1], 1.0
     trials = []
-    for kind, size in choices:
-        x = {part: linear.features(kind, size, codes[part], alphabet) for part in ("train", "val")}
-        for strength in strengths:
-            fitted = _fit(recipe.task, x["train"][::step], targets["train"][::step], answers, strength)
+    for tried_kind, tried_size in choices if "val" in codes else ():
+        x = {part: linear.features(tried_kind, tried_size, codes[part], alphabet) for part in ("train", "val")}
+        for tried in strengths:
+            fitted = _fit(recipe.task, x["train"][::step], targets["train"][::step], answers, tried)
             figures = score(_say(recipe.task, x["val"], fitted), "val")
-            trials.append((sign * figures.get(metric, 0.0), -len(trials), kind, size, strength))
-    _, _, kind, size, strength = max(trials)
-    both = np.concatenate([linear.features(kind, size, codes[part], alphabet) for part in ("train", "val")])
-    y = np.concatenate([targets["train"], targets["val"]])
+            trials.append((sign * figures.get(metric, 0.0), -len(trials), tried_kind, tried_size, tried))
+    if trials:
+        _, _, kind, size, strength = max(trials)
+    known = [part for part in ("train", "val") if part in codes]
+    both = np.concatenate([linear.features(kind, size, codes[part], alphabet) for part in known])
+    y = np.concatenate([targets[part] for part in known])
     fitted = _fit(recipe.task, both[::step], y[::step], answers, strength)
     return score(_say(recipe.task, linear.features(kind, size, codes["test"], alphabet), fitted), "test")
 
@@ -176,7 +181,7 @@ def _window(codes: np.ndarray, fitted: tuple[np.ndarray, np.ndarray], alphabet: 
 
 def _language(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
     alphabet = ALPHABETS[recipe.data.alphabet]
-    parts: dict[str, Any] = {"train": data.train, "val": data.val, "test": data.test}
+    parts: dict[str, Any] = {"train": data.train, "val": data.val or data.train, "test": data.test}
     codes = {part: _letters(items, alphabet, data) for part, items in parts.items()}
 
     def figures(score: Callable[[np.ndarray], np.ndarray], part: str = "test") -> Scores:

@@ -26,21 +26,7 @@ from core.training.files import find_file
 from core.training.rows import HUB
 from core.training.run import run_checkpoint
 
-READING = [
-    "format",
-    "alphabet",
-    "columns",
-    "sequence",
-    "id",
-    "header",
-    "reference",
-    "width",
-    "duplicate_ids",
-    "crop",
-    "lower",
-    "features",
-    "feature_labels",
-]
+READING = ("format", "alphabet", "columns", "sequence", "id", "header", "reference", "width", "sites", "duplicate_ids")
 """Options of `data` that say how a file is read; `predict` reads the next file in the same way."""
 Part = tuple[list[Record], list[np.ndarray]]
 
@@ -54,6 +40,9 @@ def build_data(recipe: GenomicsRecipe) -> Data:
     options, alphabet = recipe.data, ALPHABETS[recipe.data.alphabet]
     notes: dict[str, Any] = {}
     parts, source = _parts(recipe, alphabet, notes)
+    if options.validate_on == "nothing" and "val" in parts:
+        aside = parts.pop("val")
+        parts["train"] = (parts["train"][0] + aside[0], parts["train"][1] + aside[1])
     names = _names(recipe, parts["train"][0])
     summary: dict[str, Any] = {"source": source, "task": recipe.task, **notes, "split": _rule(options)}
     if recipe.task in ("classification", "multilabel", "tokens"):
@@ -88,7 +77,7 @@ def build_data(recipe: GenomicsRecipe) -> Data:
     summary |= _counts(parts, items, recipe, names)
     lengthwise = train.lengths if len(set(train.lengths)) > 1 else None
     test = items.get("test")
-    return Data(train, items["val"], test, spec=spec, summary=summary, lengths=lengthwise)
+    return Data(train, items.get("val"), test, spec=spec, summary=summary, lengths=lengthwise)
 
 
 def make_items(

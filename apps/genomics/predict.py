@@ -75,7 +75,7 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
 
 def read_input(spec: dict[str, Any], settings: PredictSection, path: Path) -> list[Record]:
     """Records of the user's file, read as the training file was; labels are neither needed nor looked at."""
-    options = DataSection(**{**spec["reading"], "features": None, "feature_labels": "key"})
+    options = DataSection(**spec["reading"])
     known = any(kind(path) in suffixes for suffixes in FORMS.values())
     if known and kind(path) not in FORMS.get(options.format or "", ()):
         options.format = None

@@ -96,6 +96,8 @@ class DataSection(Section):
     """Feature keys of GenBank, EMBL or GFF that become labels per base, such as [CDS]."""
     feature_labels: Literal["key", "strand", "frame"] = "key"
     """key: the feature's key; strand: key and strand; frame: position in the codon on either strand (CDS only)."""
+    sites: list[int] | None = Field(None, min_length=1)
+    """Read these positions alone, counted from 1: for variants of one parent that differ at a few sites."""
     duplicate_ids: Literal["error", "number"] = "error"
     """Two records with one id: an error, or the second is called id#2."""
     lower: Literal["read", "mask"] = "read"
@@ -117,6 +119,8 @@ class DataSection(Section):
     """Column whose true rows are the validation part of the training rows."""
     val_share: Share = 0.1
     """Share of the validation part."""
+    validate_on: Literal["val", "nothing"] = "val"
+    """nothing: the validation part is trained on too, and the last epoch counts; choose all settings before that."""
     test_share: Share = 0.2
     """Share of the test part, where no test file is given."""
     split_seed: int = Field(0, ge=0)
@@ -159,6 +163,8 @@ class DataSection(Section):
             raise ValueError(f"fold counts from 0 and must be below folds={self.folds}, got {self.fold}")
         if self.length is not None and self.overlap >= self.length:
             raise ValueError(f"overlap must be less than length={self.length}, got {self.overlap}")
+        if self.sites is not None and (min(self.sites) < 1 or self.sites != sorted(set(self.sites))):
+            raise ValueError(f"sites count from 1 and rise, got {self.sites}")
         if self.overlap and self.length is None:
             raise ValueError("overlap belongs to stretches of data.length, which is not given")
         if self.negatives == "genome" and self.negatives_from is None and self.negatives_file is None:

@@ -86,6 +86,9 @@ def read_records(source: Files, options: DataSection, *, labels: bool = True) ->
     if not records:
         raise UserError(f"{source}: there is no sequence in it")
     _check_ids(records, options.duplicate_ids, notes)
+    if options.sites is not None:
+        for record in records:
+            record.sequence = _at_sites(record, options.sites)
     return Reading(records, notes)
 
 
@@ -283,6 +286,12 @@ def parse_annotated(path: Path, form: str, notes: dict[str, Any]) -> Iterator[An
             if record is None:
                 return
             yield record
+
+
+def _at_sites(record: Record, sites: list[int]) -> str:
+    if sites[-1] > len(record.sequence):
+        raise UserError(f"{record.where}: data.sites names position {sites[-1]}, there are {len(record.sequence)} letters")
+    return "".join(record.sequence[site - 1] for site in sites)
 
 
 def _check_ids(records: list[Record], duplicates: str, notes: dict[str, Any]) -> None:
