@@ -102,9 +102,9 @@ class DataSection(Section):
     """Two records with one id: an error, or the second is called id#2."""
     lower: Literal["read", "mask"] = "read"
     """Lower-case (soft-masked) bases: read like the others, or seen but neither trained on nor scored."""
-    negatives: Literal["none", "shuffle", "genome"] = "none"
-    """Classes from positives alone. shuffle: 12 of 20 segments permuted (DeePromoter's rule); genome: random places of
-    `negatives_from`."""
+    negatives: Literal["none", "segments", "genome"] = "none"
+    """A second class for a file of positives. segments: copies with 12 of 20 segments random (DeePromoter's rule);
+    genome: random places of `negatives_from`."""
     negatives_from: str | None = None
     """FASTA or GenBank file that negatives=genome draws from."""
     negatives_file: str | None = None

@@ -43,6 +43,7 @@ class Record:
         group, split: as columns or header say.
         contig, start, strand: where it comes from; start counts from 0, strand is + or -.
         scored: bool [L], the bases that count; None: all.
+        origin: records made from one sequence share it, and are never split apart; None: it was not made.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Record:
     start: int = 0
     strand: str = "+"
     scored: np.ndarray | None = None
+    origin: str | None = None
 
 
 @dataclass

@@ -92,7 +92,7 @@ def _groups(
                 )
         names = [record.group for record in records]
     else:
-        names = [_canonical(one, alphabet) for one in codes]
+        names = [record.origin or _canonical(one, alphabet) for record, one in zip(records, codes)]
     first: dict[object, int] = {}
     return np.array([first.setdefault(name, len(first)) for name in names])
 
