@@ -41,13 +41,9 @@ class Markov:
 
     def __init__(self, sequences: Sequence[np.ndarray], order: int, alphabet: Alphabet, both_strands: bool = False):
         self.order, self.atoms = order, len(alphabet.atoms)
-        counts = count(sequences, order, alphabet, both_strands)
-        self.tables = [counts]
-        for _ in range(order):
-            # Dropping the oldest letter of a context adds up the contexts that differ in it.
-            counts = counts.reshape(self.atoms, -1, self.atoms).sum(0)
-            self.tables.append(counts)
-        self.tables = [np.log((t + 1) / (t + 1).sum(-1, keepdims=True)) for t in reversed(self.tables)]
+        # Each order is counted for itself: summing up the highest would miss letters with fewer letters before them.
+        counts = [count(sequences, k, alphabet, both_strands) + 1 for k in range(order + 1)]
+        self.tables = [np.log(one / one.sum(-1, keepdims=True)) for one in counts]
 
     def score(self, codes: np.ndarray, order: int | None = None) -> np.ndarray:
         """Log-probability of each letter [L] given those before it; 0 for an ambiguous letter, which is not asked."""
