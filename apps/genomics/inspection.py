@@ -1,8 +1,8 @@
 """What there is to see inside a run: which letters an answer hangs on, and who attends to whom.
 
-    saliency.csv, ID.png          gradient of the answer times the letter, per position
-    attention-ID.png, .npz        mean attention of all layers and heads; for proteins also corrected for what every
-                                  position attracts (average product correction), as for contact maps
+saliency.csv, ID.png          gradient of the answer times the letter, per position
+attention-ID.png, .npz        mean attention of all layers and heads; for proteins also corrected for what every
+                              position attracts (average product correction), as for contact maps
 """
 
 from collections.abc import Callable
@@ -92,9 +92,7 @@ def saliency(task: GenomicsTask, ids: Tensor, mask: Tensor) -> np.ndarray:
     return (gradient * caught[0]).sum(-1)[0].detach().numpy()
 
 
-def _attention(
-    task: GenomicsTask, ids: Tensor, mask: Tensor, record: Record, stem: Path, protein: bool
-) -> list[Path]:
+def _attention(task: GenomicsTask, ids: Tensor, mask: Tensor, record: Record, stem: Path, protein: bool) -> list[Path]:
     rows = attention_rows(task.model, _once(task, ids, mask), range(ids.shape[1]))
     whole = torch.stack([layer[0].mean(0) for layer in rows.values()]).mean(0).numpy()
     path = stem.with_name(f"attention-{stem.name}.npz")

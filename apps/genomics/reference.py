@@ -1,6 +1,5 @@
 """A reference genome that is read by interval: an indexed FASTA by pyfaidx, or a GenBank or EMBL file in memory."""
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,21 +39,30 @@ class Reference:
     def _indexed(cls, path: Path) -> "Reference":
         import pyfaidx
 
-        folder, index = None, Path(f"{path}.fai")
-        if not (index.is_file() or os.access(path.parent, os.W_OK)):
+        try:
+            return cls._through(path, Path(f"{path}.fai"))
+        except PermissionError:
             folder = tempfile.TemporaryDirectory(prefix="longspan-")
-            index = Path(folder.name) / index.name
+            found = cls._through(path, Path(folder.name) / f"{path.name}.fai")
+            found._folder = folder
+            return found
+
+    @classmethod
+    def _through(cls, path: Path, index: Path) -> "Reference":
+        import pyfaidx
+
         try:
             fasta = pyfaidx.Fasta(str(path), indexname=str(index), as_raw=True, rebuild=True)
+        except PermissionError:
+            raise
         except (pyfaidx.UnsupportedCompressionFormat, ImportError) as error:
             raise UserError(
-                f"{path}: gzip cannot be read by interval; unpack it, or use bgzip with pip's biopython"
+                f"{path}: a gzipped file cannot be read by interval; unpack it, or pack it by bgzip"
             ) from error
         except (pyfaidx.FastaIndexingError, pyfaidx.FetchError, ValueError, OSError) as error:
             raise UserError(f"{path}: cannot be indexed as FASTA: {(str(error).splitlines() or [''])[0]}") from error
         names = list(fasta.keys())  # iterating the object itself gives records
         found = cls(path, fasta, {name: len(fasta[name]) for name in names})
-        found._folder = folder
         if not found.lengths:
             raise UserError(f"{path}: there is no sequence in this reference")
         return found

@@ -292,7 +292,9 @@ def parse_annotated(path: Path, form: str, notes: dict[str, Any]) -> Iterator[An
 
 def _at_sites(record: Record, sites: list[int]) -> str:
     if sites[-1] > len(record.sequence):
-        raise UserError(f"{record.where}: data.sites names position {sites[-1]}, there are {len(record.sequence)} letters")
+        raise UserError(
+            f"{record.where}: data.sites names position {sites[-1]}, there are {len(record.sequence)} letters"
+        )
     return "".join(record.sequence[site - 1] for site in sites)
 
 
