@@ -1,6 +1,8 @@
 """A reference genome that is read by interval: an indexed FASTA by pyfaidx, or a GenBank or EMBL file in memory."""
 
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ class Reference:
 
     def __init__(self, path: Path, contigs: Any, lengths: dict[str, int]):
         self.path, self.contigs, self.lengths = path, contigs, lengths
-        self._folder: tempfile.TemporaryDirectory | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "Reference":
@@ -37,14 +38,12 @@ class Reference:
 
     @classmethod
     def _indexed(cls, path: Path) -> "Reference":
-        import pyfaidx
-
         try:
             return cls._through(path, Path(f"{path}.fai"))
         except PermissionError:
-            folder = tempfile.TemporaryDirectory(prefix="longspan-")
-            found = cls._through(path, Path(folder.name) / f"{path.name}.fai")
-            found._folder = folder
+            folder = tempfile.mkdtemp(prefix="longspan-")
+            found = cls._through(path, Path(folder) / f"{path.name}.fai")
+            weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
             return found
 
     @classmethod
