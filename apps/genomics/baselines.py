@@ -35,7 +35,7 @@ from core.training.scores import Scores
 WINDOW = 17
 """Letters around a base, as in the published floor of secondary structure."""
 SIZES = {"dna": (3, 4, 5), "protein": (1, 2)}
-"""k of the k-mer floors."""
+"""k that the k-mer floor chooses from."""
 MOST_ROWS = 20_000
 """Sequences that a floor is fitted on, thinned evenly."""
 
@@ -60,7 +60,9 @@ def _sequences(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
         return sequence_figures(recipe.task, predicted, targets[part], names, copied=flags, leaks=recipe.data.leaks)
 
     found = {_plain_name(recipe): score(_same_for_all(recipe, targets, names), "test")}
-    kinds = {"kmer": [("kmer", k) for k in SIZES[alphabet.name]]}
+    # More k-mers than sequences are not worth a fit.
+    sizes = [k for k in SIZES[alphabet.name] if len(alphabet.atoms) ** k <= max(len(codes["train"]), 64)]
+    kinds = {"kmer": [("kmer", k) for k in sizes]}
     lengths = {len(one) for part in codes.values() for one in part}
     if len(lengths) == 1:
         kinds["position"] = [("position", 0)]

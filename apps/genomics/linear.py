@@ -13,7 +13,7 @@ from apps.genomics.kmers import kmer_shares
 
 ROWS = 60_000
 """Bases that a window model is fitted on, drawn evenly: more no longer move the third digit."""
-LOGISTIC = (0.001, 0.01, 0.1, 1.0)
+LOGISTIC = (0.001, 0.01, 0.1)
 """Inverse strengths that a floor chooses from by its validation score."""
 RIDGE = (1.0, 10.0, 100.0)
 """Ridge strengths that a floor chooses from."""
@@ -54,7 +54,7 @@ def fit_classes(x: np.ndarray, y: np.ndarray, classes: int, strength: float) -> 
     if len(present) == 1:
         bias[present] = 10.0
         return weights, bias
-    fitted = LogisticRegression(C=strength, max_iter=300).fit((x[:, used] - centre) / scale, y)
+    fitted = LogisticRegression(C=strength, max_iter=200, tol=1e-3).fit((x[:, used] - centre) / scale, y)
     coefficients, offsets = fitted.coef_, fitted.intercept_
     if len(present) == 2:
         coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
