@@ -343,7 +343,9 @@ def _check_leaks(
     copied, told = {}, {}
     for part in ("val", "test"):
         if part in parts:
-            leaks = find_leaks(parts["train"][1], parts[part][1], alphabet, options.identity)
+            # The validation part chooses the epoch, and floors are fitted with it: for the test both are seen.
+            seen = parts["train"][1] + (parts["val"][1] if part == "test" and "val" in parts else [])
+            leaks = find_leaks(seen, parts[part][1], alphabet, options.identity)
             copied[part], told[part] = leaks.copied, leaks.told()
             if options.leaks == "refuse" and leaks.copied.any():
                 first = parts[part][0][int(leaks.copied.argmax())]

@@ -36,6 +36,10 @@ def test_copies_warn_drop_or_refuse(tmp_path, rows, letters, recipe):
     fresh = [f"{text},b" for text in letters(5, 12, seed=9)]
     test = table(tmp_path / "test.csv", [rows[0], rows[1], *fresh])
     sources = {"train": train, "test": test, "val_share": 0.05, "split_seed": 3}
+    # Wherever the two rows are, in training or in validation, they have been seen.
+    for seed in range(4):
+        some = build_data(recipe("classification", {**sources, "val_share": 0.5, "split_seed": seed}))
+        assert some.spec["copied"]["test"] == [0, 1]
     data = build_data(recipe("classification", sources))
     assert data.summary["leaks"]["test"]["exact"] == 2
     assert data.spec["copied"]["test"] == [0, 1]
