@@ -78,7 +78,7 @@ def _letters(items: Items, alphabet: Alphabet, data: Data) -> list[np.ndarray]:
     if data.spec["tokens"]["word"] == "char":
         return list(items.sequences)
     assert items.letters is not None
-    return items.letters
+    return list(items.letters)
 
 
 def _plain_name(recipe: GenomicsRecipe) -> str:

@@ -16,7 +16,7 @@ from apps.genomics.items import Items, Stretch, cut
 from apps.genomics.labels import UNSCORED, encode_label, find_names
 from apps.genomics.leaks import find_leaks
 from apps.genomics.negatives import add_negatives
-from apps.genomics.recipe import LANGUAGE, PER_BASE, DataSection, Files, GenomicsRecipe
+from apps.genomics.recipe import LANGUAGE, PER_BASE, PLAIN, DataSection, Files, GenomicsRecipe
 from apps.genomics.sequences import Reading, Record, form_of, read_records
 from apps.genomics.splits import PARTS, Span, set_aside, split_records
 from apps.genomics.tokens import Tokens, learn_tokens
@@ -236,7 +236,7 @@ def _beside(options: DataSection, name: str) -> str:
 def _add_labels(records: list[Record], options: DataSection, notes: dict[str, Any]) -> None:
     """Labels per base from a second file: FASTA of label letters, or BED or GFF intervals."""
     path = _beside(options, "labels")
-    form = form_of(path, DataSection())
+    form = form_of(path, PLAIN)
     if form in ("bed", "gff"):
         if options.features is None:
             raise UserError(f"{path}: say which rows are labels, by data.features=[...] (names in BED, types in GFF)")
@@ -246,10 +246,10 @@ def _add_labels(records: list[Record], options: DataSection, notes: dict[str, An
         for record in records:
             record.label = found[record.id]
         return
-    reading = DataSection(format="fasta", header=None)
+    reading = PLAIN.model_copy(update={"format": "fasta"})
     if options.labels_header is not None:
         marked = options.labels_header.replace("(?P<val>", "(?P<group>")
-        reading = DataSection(format="fasta", header=rf"(?=^(?P<id>\S+)).*{marked}")
+        reading.header = rf"(?=^(?P<id>\S+)).*{marked}"
     known = {record.id: record for record in read_records(path, reading).records}
     for record in records:
         labels = known.get(record.id)
@@ -263,7 +263,10 @@ def _add_labels(records: list[Record], options: DataSection, notes: dict[str, An
 
 def _add_mask(records: list[Record], options: DataSection) -> None:
     path = _beside(options, "mask")
-    known = {record.id: record.sequence for record in read_records(path, DataSection(format="fasta")).records}
+    known = {
+        record.id: record.sequence
+        for record in read_records(path, PLAIN.model_copy(update={"format": "fasta"})).records
+    }
     for record in records:
         mask = known.get(record.id)
         if mask is None or len(mask) != len(record.sequence) or set(mask) - {"0", "1"}:

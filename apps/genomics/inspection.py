@@ -17,13 +17,12 @@ from apps.genomics.alphabet import ALPHABETS
 from apps.genomics.data import encode
 from apps.genomics.items import padded
 from apps.genomics.language import LanguageTask
-from apps.genomics.predict import read_input
+from apps.genomics.predict import check_length, read_input
 from apps.genomics.recipe import GenomicsRecipe
 from apps.genomics.results import write_csv
 from apps.genomics.sequences import Record
 from apps.genomics.task import GenomicsTask
 from core.attention.maps import attention_rows
-from core.training.errors import UserError
 from core.training.figures import canvas
 from core.training.run import LoadedRun
 
@@ -47,10 +46,7 @@ def inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     files, rows = [], []
     for record, codes in zip(records, encode(records, alphabet)):
         ids, mask = padded([tokens.encode(codes)[:LONGEST]])
-        fixed = run.spec["fixed"]
-        if fixed is not None and (recipe.model.pool == "flat" or recipe.model.shortcut == "position"):
-            if ids.shape[1] != fixed:
-                raise UserError(f"{record.where}: {ids.shape[1]} tokens, this model was built for sequences of {fixed}")
+        check_length(task, record, ids.shape[1])
         stem = output / _file_name(record.id)
         if tokens.is_char:
             track = saliency(task, ids, mask)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from apps.genomics.recipe import DataSection
+from apps.genomics.recipe import PLAIN, DataSection
 from apps.genomics.sequences import Record, read_records
 from core.training.errors import UserError
 from core.training.files import find_file
@@ -48,7 +48,7 @@ def _replaced(record: Record, random: np.random.Generator) -> Record:
 
 
 def _places(records: Sequence[Record], path: str, random: np.random.Generator) -> list[Record]:
-    genome = read_records(path, DataSection(), labels=False).records
+    genome = read_records(path, PLAIN, labels=False).records
     longest = max(len(record.sequence) for record in records)
     contigs = [one for one in genome if len(one.sequence) > longest]
     if not contigs:

@@ -87,12 +87,21 @@ def read_input(spec: dict[str, Any], settings: PredictSection, path: Path) -> li
 def _items(task: GenomicsTask, recipe: GenomicsRecipe, records: Sequence[Record]) -> Items:
     alphabet = ALPHABETS[task.spec["tokens"]["alphabet"]]
     items = make_items(recipe, task.model.tokens, records, encode(records, alphabet), "predict")
-    fixed = task.spec["fixed"]
-    if fixed is not None and (recipe.model.pool == "flat" or recipe.model.shortcut == "position"):
+    if isinstance(task, SequenceTask):
         for record, length in zip(records, items.lengths):
-            if length != fixed:
-                raise UserError(f"{record.where}: {length} tokens, this model was built for sequences of {fixed}")
+            check_length(task, record, length)
     return items
+
+
+def check_length(task: GenomicsTask, record: Record, length: int) -> None:
+    """Refuse a sequence of another length than the model was built for, where it was built for one.
+
+    Raises:
+        UserError: it has `length` tokens, and position counts.
+    """
+    fixed, model = task.spec["fixed"], task.recipe.model
+    if fixed not in (None, length) and (model.pool == "flat" or model.shortcut == "position"):
+        raise UserError(f"{record.where}: {length} tokens, this model was built for sequences of {fixed}")
 
 
 def batches(items: Items, size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -220,7 +229,7 @@ def _embeddings(task: GenomicsTask, recipe: GenomicsRecipe, records: Sequence[Re
     ids = [record.id for record in records]
     if per_token:
         with output.open("wb") as file:
-            np.savez_compressed(file, **dict(zip(ids, each)))
+            np.savez_compressed(file, **dict(zip(ids, each)))  # type: ignore[arg-type]
         return output
     means = (sums / counts[:, None]).astype(np.float32)
     if suffix == ".npz":

@@ -172,6 +172,10 @@ class DataSection(Section):
         return self
 
 
+PLAIN = DataSection.model_validate({})
+"""A file of which nothing is said: it is read by its suffix."""
+
+
 class ModelSection(Section):
     """What stands around the backbone."""
 

@@ -157,7 +157,7 @@ def _fast(path: Path, form: str, options: DataSection, labels: bool) -> Iterator
     number = 0
     with open_text(path) as file:
         lines = iter(decoding(path, file))
-        parser = SimpleFastaParser(_Lines(lines)) if form == "fasta" else FastqGeneralIterator(_Lines(lines))
+        parser = SimpleFastaParser(_Lines(lines)) if form == "fasta" else FastqGeneralIterator(_Lines(lines))  # type: ignore[arg-type]
         try:
             for number, (title, sequence, *_) in enumerate(parser, 1):
                 where = f"{path}, record {number}"

@@ -26,6 +26,7 @@ class Shortcut(nn.Module):
     """
 
     composition: Tensor
+    bias: nn.Parameter
 
     def __init__(self, composition: Tensor, weights: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -33,7 +34,8 @@ class Shortcut(nn.Module):
         self.register_buffer("composition", torch.cat([composition, nothing]), persistent=False)
         self.atoms = composition.shape[1]
         self.weight = nn.Parameter(weights)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
 
     def letters(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What each token may be, [B, N, atoms]; nothing where it is padding."""
@@ -59,7 +61,6 @@ class KmerShortcut(Shortcut):
         """[B, K]."""
         count = ids.shape[1] - self.k + 1
         if count <= 0:
-            assert self.bias is not None
             return self.bias.expand(len(ids), -1)
         number = torch.zeros_like(ids[:, :count])
         clean = torch.ones_like(mask[:, :count])

@@ -70,7 +70,7 @@ class Columns:
     def place(self, values: Mapping[str, Any], where: str) -> Place:
         """The interval that a row names."""
         lowered = {str(name).lower(): value for name, value in values.items()}
-        contig = _text(values.get(self.contig))
+        contig = _text(values.get(self.contig)) if self.contig else ""
         return place_of(where, contig, lowered["start"], lowered["end"], _text(lowered.get("strand", "+")))
 
 

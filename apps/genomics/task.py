@@ -140,6 +140,7 @@ class SequenceTask(GenomicsTask):
 class BaseTask(GenomicsTask):
     """A class or a number per base."""
 
+    weights: Tensor | None
     mean: Tensor
     deviation: Tensor
 

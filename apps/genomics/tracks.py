@@ -52,7 +52,7 @@ def write_tracks(path: Path, tracks: Sequence[Track], names: Sequence[str], kind
         return write_table(path, _rows(tracks, names, kind))
     if suffix == ".npz":
         with path.open("wb") as file:
-            np.savez_compressed(file, names=np.array(names), **{track.record.id: track.values for track in tracks})
+            np.savez_compressed(file, names=np.array(names), **{track.record.id: track.values for track in tracks})  # type: ignore[arg-type]
         return path
     if suffix in (".bedgraph", ".bg", ".wig"):
         lines = _wiggle(tracks, names) if suffix == ".wig" else _bedgraph(tracks, names)
@@ -140,7 +140,7 @@ def _letters(path: Path, tracks: Sequence[Track], names: Sequence[str]) -> Itera
         raise UserError(f"{path}: the class {long[0]!r} is not a single letter; write .gff, .bed, .bedgraph or a table")
     for track in tracks:
         yield f">{track.record.id}"
-        yield "".join(names[at] for at in track.values.argmax(1))
+        yield "".join(str(names[at]) for at in track.values.argmax(1).tolist())
 
 
 def _rows(tracks: Sequence[Track], names: Sequence[str], kind: str) -> Iterator[dict[str, object]]:

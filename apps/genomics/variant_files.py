@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.genomics.recipe import DataSection, PredictSection
+from apps.genomics.recipe import PLAIN, PredictSection
 from apps.genomics.reference import Reference
 from apps.genomics.scoring import Window, score_windows
 from apps.genomics.sequences import form_of, read_records
@@ -75,7 +75,7 @@ def open_reference(settings: PredictSection, spec: dict[str, Any], path: Path) -
     if kind(path) == ".vcf":
         return Reference.open(given)
     # A wild type is short, and proteins have no place in an index of bases.
-    options = DataSection(alphabet=spec["tokens"]["alphabet"])
+    options = PLAIN.model_copy(update={"alphabet": spec["tokens"]["alphabet"]})
     form_of(str(given), options)
     records = read_records(str(given), options, labels=False).records
     contigs = {record.id: record.sequence for record in records}

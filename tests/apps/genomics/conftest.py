@@ -39,7 +39,7 @@ def recipe():
 
 @pytest.fixture(scope="session")
 def built(recipe):
-    """built(...): as recipe(...), with its data and a task in evaluation mode whose weights are not those of the start."""
+    """built(...): as recipe(...), with data, and a task in evaluation mode whose head does not start at zero."""
 
     def make(*args, **kwargs):
         torch.manual_seed(0)

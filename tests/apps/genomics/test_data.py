@@ -145,7 +145,7 @@ def test_a_pretrained_run_brings_its_tokens_and_its_weights(tmp_path, letters, r
     fit(before, run_dir=tmp_path / "before", quiet=True, floors=False)
     path = table(tmp_path / "x.csv", rows)
     model = {"pretrained": str(tmp_path / "before")}
-    with pytest.raises(UserError, match="reads dna as bpe:64; say data.alphabet=dna data.tokens=bpe:64"):
+    with pytest.raises(UserError, match=r"reads dna as bpe:64; say data.alphabet=dna data.tokens=bpe:64"):
         build_data(recipe("classification", {"path": path}, model))
     after = recipe("classification", {"path": path, "tokens": "bpe:64"}, model, ["optim.lr=1e-9"])
     fit(after, run_dir=tmp_path / "after", quiet=True, floors=False)

@@ -74,5 +74,5 @@ def test_padding_of_sequences():
     assert ids.tolist() == [[5, 0], [1, 2]]
     assert mask.tolist() == [[True, False], [True, True]]
     assert ids.dtype.is_signed
-    with pytest.raises(ValueError, match="empty|max"):
+    with pytest.raises(ValueError, match=r"empty|max"):
         padded([])

@@ -56,10 +56,8 @@ def test_padding_changes_no_answer_and_no_gradient(table, built, variant):
     _, data, task = built("classification", {"path": str(table)}, {"stem": [5]}, [f"attention={variant}"])
     together = data.val.__getitems__(range(4))
     assert not together["mask"].all()
-    if variant in ("linformer", "reformer"):  # their projections and buckets count positions: padding moves those
-        tolerance = 1e-3
-    else:
-        tolerance = 2e-5
+    # Projections of linformer and buckets of reformer count positions, which padding moves.
+    tolerance = 1e-3 if variant in ("linformer", "reformer") else 2e-5
     answers = task.answer(together)
     answers.sum().backward()
     gradient = task.model.embed.weight.grad.clone()
@@ -77,7 +75,7 @@ def test_both_strands_have_one_score(table, built, pool, strand, tokens):
     model = {"strand": strand, "pool": pool, "stem": [4]}
     if tokens == "char":
         model["shortcut"] = "kmer:2"
-    recipe, data, task = built("classification", {"path": str(table), "tokens": tokens}, model)
+    recipe, _, task = built("classification", {"path": str(table), "tokens": tokens}, model)
     texts = [DNA.encode(text, "x") for text in ("ACGGATTACCAGATTAC", "NRACCAGTTTG", "GATTACA")]
 
     def score(sequences):

@@ -77,7 +77,7 @@ def test_a_file_per_class(tmp_path):
 def test_a_file_to_predict_needs_no_labels_and_no_header_that_matches(tmp_path):
     (tmp_path / "x.fa").write_text(">q9\nMK\n")
     assert pairs(read(tmp_path / "x.fa", labels=False, header=r"(?P<label>\w+)-S")) == [("q9", "MK", None)]
-    with pytest.raises(UserError, match="record 1: data.header does not match 'q9'"):
+    with pytest.raises(UserError, match=r"record 1: data.header does not match 'q9'"):
         read(tmp_path / "x.fa", header=r"(?P<label>\w+)-S")
 
 

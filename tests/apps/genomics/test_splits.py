@@ -33,7 +33,7 @@ def split(texts, options, **more):
 def test_shares_are_met_and_nothing_is_lost():
     parts = split(made(200), DataSection(val_share=0.1, test_share=0.25))
     assert {part: len(chosen) for part, chosen in parts.items()} == {"train": 130, "val": 20, "test": 50}
-    assert sorted(sum(parts.values(), [])) == list(range(200))
+    assert sorted(n for chosen in parts.values() for n in chosen) == list(range(200))
     assert parts == split(made(200), DataSection(val_share=0.1, test_share=0.25)), "the split is not that of the seed"
     assert parts != split(made(200), DataSection(val_share=0.1, test_share=0.25, split_seed=1))
 
@@ -49,7 +49,7 @@ def test_a_copy_and_its_reverse_complement_stay_in_one_part():
 def test_folds_cover_all_and_test_parts_do_not_meet():
     texts = made(53)
     tests = [split(texts, DataSection(split="folds", folds=5, fold=fold))["test"] for fold in range(5)]
-    assert sorted(sum(tests, [])) == list(range(53))
+    assert sorted(n for chosen in tests for n in chosen) == list(range(53))
 
 
 def test_groups_stay_whole_and_a_record_without_one_is_named():
@@ -92,7 +92,7 @@ def test_given_parts_by_the_words_people_use():
 
 
 def test_an_empty_part_is_an_error():
-    with pytest.raises(UserError, match="leaves the .* part without a sequence"):
+    with pytest.raises(UserError, match=r"leaves the .* part without a sequence"):
         split(made(2), DataSection())
     with pytest.raises(UserError, match="leaves the"):
         set_aside(records(["ACGT"]), [DNA.encode("ACGT", "x")], DataSection(), DNA)
