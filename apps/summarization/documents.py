@@ -1,0 +1,68 @@
+"""What the app reads: documents in sentences, what is asked of them, and summaries that people wrote."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from apps.summarization.sentences import split_sentences
+
+
+@dataclass(eq=False)
+class Source:
+    """A document in sentences.
+
+    Attributes:
+        id: as the file has it, else file and row.
+        sentences: texts with single white space.
+        spans: start and end of each in `text`.
+        text: the document as given.
+        sections: number of the section of each sentence, from 0; all 0 where the file knows no sections.
+        titles: of the sections.
+    """
+
+    id: str
+    sentences: list[str]
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    text: str = ""
+    sections: list[int] = field(default_factory=list)
+    titles: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.sections = self.sections or [0] * len(self.sentences)
+        self.titles = self.titles or [""]
+
+    @property
+    def words(self) -> int:
+        """Words by white space."""
+        return sum(len(sentence.split()) for sentence in self.sentences)
+
+
+@dataclass(eq=False)
+class Example:
+    """A document, what is asked of it (None: a summary of all of it), and the references, at least one to train on.
+
+    gold: numbers of the sentences that belong into the summary, where the file marks them; None: ROUGE decides.
+    """
+
+    id: str
+    source: Source
+    query: str | None
+    references: tuple[str, ...]
+    gold: tuple[int, ...] | None = None
+
+
+def source_from_text(name: str, text: str) -> Source:
+    """Split a text into sentences."""
+    found = split_sentences(text)
+    return Source(name, [one.text for one in found], [(one.start, one.end) for one in found], text)
+
+
+def source_from_sentences(
+    name: str, sentences: Sequence[str], sections: Sequence[int] = (), titles: Sequence[str] = ()
+) -> Source:
+    """A document that comes in sentences; its text is they, one per line."""
+    clean = [" ".join(sentence.split()) for sentence in sentences]
+    spans, at = [], 0
+    for sentence in clean:
+        spans.append((at, at + len(sentence)))
+        at += len(sentence) + 1
+    return Source(name, clean, spans, "\n".join(clean), list(sections), list(titles))
