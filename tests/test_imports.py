@@ -23,16 +23,17 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "core.backbone": ({"core.attention", "core.layout"}, {"torch"}),
     "core.training": (
         TRAINING_ROOMS,
-        APP_OTHERS | {"jinja2", "markupsafe", "safetensors", "yaml"},
+        APP_OTHERS | {"datasets", "jinja2", "markupsafe", "pyarrow", "safetensors", "yaml"},
     ),
     "apps": ({"core.training"}, set()),
     "apps.timeseries": (APP_OURS, APP_OTHERS | {"pandas", "pyarrow"}),
-    "apps.genomics": (APP_OURS, APP_OTHERS | {"Bio"}),
-    "apps.vision": (APP_OURS, APP_OTHERS | {"timm"}),
-    "apps.summarization": (APP_OURS, APP_OTHERS | {"datasets", "tokenizers"}),
+    "apps.genomics": (APP_OURS, APP_OTHERS | {"Bio", "pyarrow", "pyfaidx", "sklearn", "tokenizers"}),
+    "apps.vision": (APP_OURS, APP_OTHERS | {"PIL", "sklearn", "timm", "torchvision"}),
+    "apps.summarization": (APP_OURS, APP_OTHERS | {"nltk", "sklearn", "tokenizers", "transformers"}),
 }
 
 HEAVY = ("torch", "pytorch_lightning", "torchmetrics", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2")
+HEAVY += ("Bio", "datasets", "nltk", "PIL", "sklearn", "timm", "tokenizers", "transformers")
 
 
 def within(module: str, rooms) -> bool:

@@ -1,7 +1,5 @@
 """From a recipe to train, validation and test windows, with everything that was found on the way."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from apps.timeseries.table import Table, read_table
 from apps.timeseries.windows import Scaler, Windows, fill_forward
 from core.training.data import Data
 from core.training.errors import UserError
+from core.training.files import find_file
 
 READING = ("time", "targets", "frequency", "timestamps", "missing", "sentinels")
 """Options of `data` that say how a file is read; `predict` reads the next file in the same way."""
@@ -37,7 +36,7 @@ def build_data(recipe: TimeSeriesRecipe) -> Data:
         report = {"rows": len(made.values), "frequency": "h", "warnings": []}
         table = Table(made.values, names, stamps, Clock("date", "date", "h"), report)
         return cut(table, recipe, "generated", made)
-    path = find_file(options)
+    path = find_file(options.path, app=recipe.app, public=options.file, origin=options.origin)
     return cut(read_table(path, options), recipe, str(path))
 
 
@@ -94,26 +93,6 @@ def cut(table: Table, recipe: TimeSeriesRecipe, source: str, made: Generated | N
         spec["ridge"] = pack(fit_ridge(parts["train"]))
     summary = _summary(table, options, source, borders, parts, spec)
     return Data(parts["train"], parts["val"], parts["test"], spec=spec, summary=summary)
-
-
-def find_file(options: DataSection) -> Path:
-    """The file that `data.path` or `data.file` means.
-
-    Raises:
-        UserError: neither is given, or the public file is not on this machine; the text says where to get it.
-    """
-    if options.path is not None:
-        return Path(options.path).expanduser()
-    if options.file is None:
-        raise UserError("data.path is missing: name your CSV or Parquet file, as in data.path=my.csv")
-    folder = os.environ.get("LONGSPAN_DATA")
-    if folder:
-        for below in (Path("timeseries") / options.file, Path(options.file), Path(Path(options.file).name)):
-            if (Path(folder) / below).is_file():
-                return Path(folder) / below
-    where = f"not in LONGSPAN_DATA={folder}" if folder else "LONGSPAN_DATA is not set"
-    source = f"; get it from {options.origin}" if options.origin else ""
-    raise UserError(f"{options.file} is not here ({where}): say data.path=FILE{source}")
 
 
 def window_sizes(options: DataSection, borders: Borders, season: int | None) -> tuple[int, int]:

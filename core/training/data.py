@@ -5,7 +5,7 @@ killed in the middle of an epoch continues with exactly the batch that it would 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ class Data:
         summary: plain JSON types only, printed and stored: items used and dropped per part and why, split rule, units.
         collate: what `__getitems__` returns, or else a list of items -> batch; None: whole batches are taken as they
             are, items go through `torch.utils.data.default_collate`.
+        lengths: of the training items, in any unit; batches then hold items of similar length, so that little of them
+            is padding. None: batches are drawn regardless.
     """
 
     train: Dataset
@@ -37,6 +39,11 @@ class Data:
     spec: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     collate: Callable[[list[Any]], Any] | None = None
+    lengths: Sequence[int] | None = None
+
+
+POOL = 50
+"""Batches that are sorted by length together: enough to save the padding, few enough to keep the order random."""
 
 
 class EpochOrder(Sampler[list[int]]):
@@ -49,12 +56,24 @@ class EpochOrder(Sampler[list[int]]):
         shuffle: False keeps 0, 1, 2, ...
         rank, world: with several processes each takes every `world`-th item; items from the front fill the last
             round up, so that all take the same number of steps.
+        lengths: of the items; `POOL` batches at a time are sorted by them, cut anew, and shuffled as batches.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int = 0, *, shuffle: bool = True, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        lengths: Sequence[int] | None = None,
     ):
+        if lengths is not None and len(lengths) != length:
+            raise ValueError(f"lengths must have one entry per item: {length} items, {len(lengths)} lengths")
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.lengths = None if lengths is None else torch.as_tensor(lengths)
         self.rank, self.world = rank, world
         self.epoch = 0
         self.start = 0  # the batch with which the next iteration begins
@@ -82,9 +101,28 @@ class EpochOrder(Sampler[list[int]]):
         return order[torch.arange(self.rank, self.items * self.world, self.world) % self.length]
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, start, self.start = self.indices(), self.start, 0
-        for at in range(start * self.batch_size, len(order), self.batch_size):
-            yield order[at : at + self.batch_size].tolist()
+        batches, start, self.start = self.batches(), self.start, 0
+        for batch in batches[start:]:
+            yield batch.tolist()
+
+    def batches(self) -> list[torch.Tensor]:
+        """This rank's batches of the current epoch."""
+        order = self.indices()
+        if self.lengths is None or not self.shuffle:
+            return list(order.split(self.batch_size))
+        pools = order.split(POOL * self.batch_size)
+        # Stable: items of equal length stay in the random order that they were drawn in.
+        alike = [pool[self.lengths[pool].argsort(stable=True)] for pool in pools]
+        batches = [batch for pool in alike for batch in pool.split(self.batch_size)]
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch, 2))
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def padding_share(lengths: Sequence[int], batches: Iterable[Sequence[int]]) -> float:
+    """Share of padding, 0 to 1, where each batch of indices is padded to its longest item."""
+    found = [[lengths[index] for index in batch] for batch in batches]
+    padded = sum(max(batch) * len(batch) for batch in found)
+    return 1 - sum(map(sum, found)) / padded if padded else 0.0
 
 
 def mix(*parts: int) -> int:
@@ -145,7 +183,7 @@ def size(dataset: Dataset, part: str) -> int:
 
 def train_loader(data: Data, *, batch_size: int, seed: int, workers: int = 0, rank: int = 0, world: int = 1) -> Loader:
     """The training part in its (seed, epoch) order."""
-    order = EpochOrder(size(data.train, "train"), batch_size, seed, rank=rank, world=world)
+    order = EpochOrder(size(data.train, "train"), batch_size, seed, rank=rank, world=world, lengths=data.lengths)
     return Loader(data.train, order, collate=data.collate, workers=workers)
 
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from apps.timeseries.data import build_data, find_file
-from apps.timeseries.recipe import DataSection
+from apps.timeseries.data import build_data
 from core.training.errors import UserError
 from core.training.recipe import load_recipe, recipes
 
@@ -49,26 +48,8 @@ def test_generated_and_path_exclude_each_other():
 
 
 def test_the_users_file_must_be_named(monkeypatch):
-    with pytest.raises(UserError, match=r"data.path is missing: name your CSV or Parquet file, as in data.path=my.csv"):
+    with pytest.raises(UserError, match=r"data.path is missing: name your file, as in data.path=FILE"):
         build_data(load_recipe("timeseries/csv"))
-
-
-def test_public_files_are_found_in_the_data_folder(tmp_path, monkeypatch):
-    options = DataSection(file="ett/ETTh1.csv", origin="https://example.org/ETDataset")
-    monkeypatch.delenv("LONGSPAN_DATA", raising=False)
-    with pytest.raises(
-        UserError, match=r"ett/ETTh1.csv is not here \(LONGSPAN_DATA is not set\): .*example.org/ETDataset"
-    ):
-        find_file(options)
-    monkeypatch.setenv("LONGSPAN_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="not in LONGSPAN_DATA="):
-        find_file(options)
-    for place in ("ETTh1.csv", "ett/ETTh1.csv", "timeseries/ett/ETTh1.csv"):
-        path = tmp_path / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-        assert find_file(options) == path, "the more exact place wins"
-    assert find_file(DataSection(file="ett/ETTh1.csv", path="mine.csv")).name == "mine.csv"
 
 
 @pytest.mark.parametrize("name", SHIPPED)

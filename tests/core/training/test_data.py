@@ -1,6 +1,6 @@
 """The order of the data: a pure function of seed and epoch, complete, resumable at any batch."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Subset, TensorDataset
 
-from core.training.data import Data, EpochOrder, Loader, eval_loader, mix, train_loader
+from core.training.data import Data, EpochOrder, Loader, eval_loader, mix, padding_share, train_loader
 from core.training.errors import UserError
 
 sizes = st.integers(1, 70)
@@ -53,6 +53,39 @@ def test_ranks_share_an_epoch_in_equal_numbers_of_batches(length, batch, world):
     read = list(chain.from_iterable(chain.from_iterable(batches)))
     assert set(read) == set(range(length))
     assert len(read) - length < world, "only what fills the last round up"
+
+
+@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=80), batch=st.integers(1, 9), seed=st.integers(0, 3))
+def test_buckets_hold_every_item_once_and_are_resumable(lengths, batch, seed):
+    order = EpochOrder(len(lengths), batch, seed, lengths=lengths)
+    order.seek(2)
+    batches = list(order)
+    assert len(batches) == len(order)
+    assert sorted(chain.from_iterable(batches)) == list(range(len(lengths)))
+    order.seek(2, len(batches) // 2)
+    assert list(order) == batches[len(batches) // 2 :]
+
+
+def test_buckets_save_padding_but_keep_the_order_random():
+    lengths = torch.randint(1, 1000, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    plain = padding_share(lengths, EpochOrder(3000, 16, 0))
+    order = EpochOrder(3000, 16, 0, lengths=lengths)
+    assert plain > 0.4
+    assert padding_share(lengths, order) < 0.05
+    order.seek(0)
+    longest = [max(lengths[i] for i in batch) for batch in order]
+    rises = sum(a < b for a, b in pairwise(longest))
+    assert 0.35 < rises / len(longest) < 0.65, "batches must not come sorted"
+    first = list(order)
+    order.seek(1)
+    assert list(order) != first, "another epoch has another order"
+
+
+def test_lengths_count_the_items():
+    with pytest.raises(ValueError, match="3 items, 2 lengths"):
+        EpochOrder(3, 1, lengths=[1, 2])
+    assert padding_share([3, 1, 2], [[0, 1], [2]]) == pytest.approx(2 / 8)
+    assert padding_share([], []) == 0
 
 
 def test_seeds_and_epochs_do_not_meet():
