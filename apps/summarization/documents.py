@@ -17,6 +17,7 @@ class Source:
         text: the document as given.
         sections: number of the section of each sentence, from 0; all 0 where the file knows no sections.
         titles: of the sections.
+        numbers: of the sentences in the whole document, where some were cut off; else 0, 1, 2, ...
     """
 
     id: str
@@ -25,10 +26,12 @@ class Source:
     text: str = ""
     sections: list[int] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         self.sections = self.sections or [0] * len(self.sentences)
         self.titles = self.titles or [""]
+        self.numbers = self.numbers or list(range(len(self.sentences)))
 
     @property
     def words(self) -> int:
@@ -48,6 +51,28 @@ class Example:
     query: str | None
     references: tuple[str, ...]
     gold: tuple[int, ...] | None = None
+
+
+def shorten(source: Source, most: int, overflow: str) -> tuple[Source, int]:
+    """Whole sentences of at most `most` words, from the head or half from each end; and the words that were cut off."""
+    sizes = [len(sentence.split()) for sentence in source.sentences]
+    total = sum(sizes)
+    if total <= most:
+        return source, 0
+    tail_words = most // 2 if overflow == "head_tail" else 0
+    head, used = 0, 0
+    while head < len(sizes) and used + sizes[head] <= most - tail_words:
+        used += sizes[head]
+        head += 1
+    tail, kept = len(sizes), 0
+    while tail > head and kept + sizes[tail - 1] <= tail_words:
+        tail -= 1
+        kept += sizes[tail]
+    rows = [*range(max(head, 1)), *range(max(tail, head, 1), len(sizes))]
+    picked = ([column[i] for i in rows] for column in (source.sentences, source.spans, source.sections, source.numbers))
+    sentences, spans, sections, numbers = picked
+    short = Source(source.id, sentences, spans, source.text, sections, source.titles, numbers)
+    return short, total - sum(sizes[i] for i in rows)
 
 
 def source_from_text(name: str, text: str) -> Source:

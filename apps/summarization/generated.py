@@ -1,0 +1,51 @@
+"""Generated documents whose best summary is known: facts from marked places among filler and false reports.
+
+    ... lorem ipsum sworn port amber dolor ...      a marked fact: it belongs into the summary
+    ... dolor rumour port cedar lorem sit ...       a report without the mark: it does not
+    summary: port amber captain birch cargo cedar ...
+
+The facts stand anywhere. A document holds every fact once with the mark and once, with another value, without; so a
+model that does not look at the mark is right half of the time, and what is known without reading (the kinds of facts in
+their order) is half of the words. The optimum is 100 in every metric of ROUGE.
+"""
+
+import numpy as np
+
+from apps.summarization.documents import Example, source_from_sentences
+from apps.summarization.recipe import GeneratedSection
+
+KINDS = ("port", "captain", "cargo", "day", "ship", "crew", "wind", "course", "price", "buyer", "storm", "harbour")
+MARK, RUMOUR = "sworn", "rumour"
+FILLER = 300
+"""Different filler words."""
+SENTENCE = (8, 16)
+"""Words of a sentence, least and most."""
+
+
+def generate(options: GeneratedSection) -> dict[str, list[Example]]:
+    """Train, val and test; the same options give the same documents."""
+    rng = np.random.default_rng(options.seed)
+    sizes = {"train": options.documents, "val": options.held_out, "test": options.held_out}
+    return {part: [_example(rng, options, f"{part}-{i}") for i in range(size)] for part, size in sizes.items()}
+
+
+def _example(rng: np.random.Generator, options: GeneratedSection, name: str) -> Example:
+    words = int(options.words * rng.uniform(2 / 3, 4 / 3))
+    sizes = []
+    while sum(sizes) < words:
+        sizes.append(int(rng.integers(SENTENCE[0], SENTENCE[1] + 1)))
+    filler = rng.integers(0, FILLER, sum(sizes))
+    ends = np.cumsum(sizes)
+    sentences = [[f"w{w}" for w in filler[end - size : end]] for size, end in zip(sizes, ends)]
+    kinds = KINDS[: options.facts]
+    places = rng.choice(len(sentences), size=2 * len(kinds), replace=len(sentences) < 2 * len(kinds))
+    summary = []
+    for k, kind in enumerate(kinds):
+        true, false = rng.choice(options.names, size=2, replace=False)
+        for place, mark, value in ((places[2 * k], MARK, true), (places[2 * k + 1], RUMOUR, false)):
+            at = int(rng.integers(0, SENTENCE[0] - 3))
+            sentences[place][at : at + 3] = [mark, kind, f"n{value}"]
+        summary += [kind, f"n{true}"]
+    text = [" ".join(sentence) + " ." for sentence in sentences]
+    gold = tuple(sorted({int(places[2 * k]) for k in range(len(kinds))}))
+    return Example(name, source_from_sentences(name, text), None, (" ".join(summary),), gold)

@@ -1,0 +1,5 @@
+"""Later."""
+
+
+def predict(run, input, output):
+    """Later."""
