@@ -19,6 +19,13 @@ from core.training.task import Task
 ROOT = Path(__file__).resolve().parents[1]
 APPS = apps()
 FILES = ("__init__", "recipe", "data", "model", "task", "predict", "baselines")
+
+# How to make an app's demo so small that all variants can run it here: a list of overrides, tests/apps/<app>/tiny.yaml.
+TINY = {
+    name: yaml.safe_load(path.read_text()) if path.is_file() else []
+    for name in APPS
+    for path in [ROOT / "tests" / "apps" / name / "tiny.yaml"]
+}
 HEADINGS = ["Your data", "Model", "Figures and files", "Protocol", "Limits", "Reading order"]
 
 
@@ -62,7 +69,8 @@ def test_references_of_an_app_hold(name):
     assert app.name == name
     assert app.better in ("lower", "higher")
     assert 10 < len(app.summary) < 100
-    parts = {part: load(getattr(app, part)) for part in ("recipe", "data", "task", "floors", "predict")}
+    names = ("recipe", "data", "task", "floors", "predict", *(["inspect"] if app.inspect else []))
+    parts = {part: load(getattr(app, part)) for part in names}
     assert issubclass(parts.pop("recipe"), Recipe)
     for part, function in parts.items():
         assert callable(function), part
@@ -78,8 +86,8 @@ def test_a_reference_that_does_not_hold_is_an_error():
 
 @pytest.mark.parametrize("name", APPS)
 def test_demo_gives_what_the_glue_expects(name):
-    recipe = load_recipe(f"{name}/demo")
-    app = APPS[name]
+    recipe = load_recipe(f"{name}/demo", TINY[name])
+    app = APPS[name].judged_for(recipe)
     data = app.part("data")(recipe)
     assert isinstance(data, Data)
     assert data.test is not None
@@ -108,15 +116,16 @@ def test_demo_gives_what_the_glue_expects(name):
 @pytest.mark.parametrize("variant", available())
 @pytest.mark.parametrize("name", APPS)
 def test_every_variant_runs_in_every_app(name, variant, tmp_path):
-    overrides = [f"attention={variant}", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    overrides = [f"attention={variant}", "trainer.max_steps=2", "trainer.accelerator=cpu", *TINY[name]]
     if "bidirectional" not in variant_class(variant).can:
         with pytest.raises(UserError, match=f"attention '{variant}' cannot do 'bidirectional'"):
             fit(load_recipe(f"{name}/demo", overrides), run_dir=tmp_path / "run", quiet=True)
         return
-    result = fit(load_recipe(f"{name}/demo", overrides), run_dir=tmp_path / "run", quiet=True)
+    recipe = load_recipe(f"{name}/demo", overrides)
+    result = fit(recipe, run_dir=tmp_path / "run", quiet=True)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert result.metrics == metrics
-    assert math.isfinite(metrics["test"][APPS[name].metric])
+    assert math.isfinite(metrics["test"][APPS[name].judged_for(recipe).metric])
     assert set(metrics) == {"val", "test", "floors", "cost"}
     written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert written["attention"]["variant"] == variant or variant == "auto"  # whose choice is what was trained

@@ -109,7 +109,7 @@ def faults(reference: str, text: str, metric: str) -> list[str]:
 
 @pytest.mark.parametrize("reference", FILES)
 def test_recipe_head_can_be_checked(reference):
-    metric = apps()[reference.split("/")[0]].metric
+    metric = apps()[reference.split("/")[0]].judged_for(load_recipe(reference)).metric
     assert faults(reference, FILES[reference].read_text(), metric) == []
 
 

@@ -3,7 +3,7 @@
 - last value: the horizon repeats the newest observation;
 - seasonal naive: the horizon repeats the newest season;
 - ridge: one closed-form linear map from the look-back to the horizon, shared by all series;
-- noise floor: generated data only, the error of the best possible forecast.
+- optimum: generated data only, the error of the best possible forecast.
 """
 
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def floors(recipe: Recipe, data: Data) -> dict[str, dict[str, float]]:
         errors = ForecastErrors(spec["scaler"]["mean"], spec["scaler"]["std"], horizon)
         for index, origin in enumerate(test.origins.tolist()):
             errors.update(torch.from_numpy(test.best(origin).T)[None], test[index]["future"][None])
-        found["noise_floor"] = errors.compute()
+        found["optimum"] = errors.compute()
     return found
 
 

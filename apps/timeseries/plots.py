@@ -12,12 +12,12 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from core.training.plots import COLOURS, INK, STYLE
+from core.training.figures import LOOK
+from core.training.plots import COLOURS, INK
 
 PAST, FORECAST = INK, COLOURS[0]
 MOST_PANELS = 8
 """Series in one fan chart; half as many in the windows of the test part. The tables beside them hold all."""
-LOOK = {**STYLE, "axes.grid": True, "savefig.transparent": False, "figure.dpi": 110, "legend.handlelength": 1.6}
 
 
 def draw_errors_by_step(path: Path, rows: Sequence[dict[str, float]]) -> Path:

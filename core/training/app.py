@@ -5,16 +5,19 @@ An app is a folder in `apps` (or a package with an entry point in the group `lon
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.attention.registry import nearest
 from core.training.errors import UserError
+
+if TYPE_CHECKING:
+    from core.training.recipe import Recipe
 
 GROUP = "longspan.apps"
 
@@ -31,8 +34,11 @@ class App:
         task: `build_task(recipe, spec: dict) -> Task`.
         floors: `floors(recipe, data) -> {name: {metric: value}}` on the test part, without a deep model.
         predict: `predict(run: LoadedRun, input: Path, output: Path) -> list[Path]`, the files written.
-        metric: the primary metric, a key of what the task's `eval_compute` returns.
+        metric: the primary metric, a key of what the task's `eval_compute` returns; a recipe may have another, see
+            `judged_for`.
         better: its direction.
+        inspect: `inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]` writes into a folder what there is
+            to see inside the model; None: nothing.
     """
 
     name: str
@@ -44,8 +50,9 @@ class App:
     predict: str
     metric: str
     better: Literal["lower", "higher"]
+    inspect: str | None = None
 
-    def part(self, name: Literal["recipe", "data", "task", "floors", "predict"]) -> Any:
+    def part(self, name: Literal["recipe", "data", "task", "floors", "predict", "inspect"]) -> Any:
         """The object behind one of the references."""
         return load(getattr(self, name))
 
@@ -57,6 +64,11 @@ class App:
         if spec is None or spec.origin is None:
             raise UserError(f"app {self.name!r}: package {package!r} (from {self.recipe!r}) is not importable")
         return Path(spec.origin).parent
+
+    def judged_for(self, recipe: "Recipe") -> "App":
+        """This app with the metric of the recipe's task, where one metric does not fit all tasks of the app."""
+        chosen = recipe.judged_by()
+        return self if chosen is None else replace(self, metric=chosen[0], better=chosen[1])
 
     def improves(self, new: float, old: float | None) -> bool:
         """Whether `new` is strictly better than `old` in the primary metric; anything beats None."""

@@ -14,6 +14,7 @@ VERBS = {
     "fit": "train, test, and leave everything in a run folder",
     "test": "test a run again",
     "predict": "predictions of a run for a file",
+    "inspect": "look inside a run while it reads a file: attention maps, saliency",
     "compare": "train several variants over several seeds and report the differences",
     "report": "write the report of a comparison again",
     "bench": "how fast the variants are on this device, and what they remember",
@@ -58,6 +59,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             "overrides", metavar="key=value", nargs="*", help="such as attention=linear optim.lr=1e-3"
         )
 
+    def later(verb: str) -> None:
+        verbs[verb].add_argument(
+            "overrides", metavar="predict.key=value", nargs="*", help="settings of the recipe's section predict"
+        )
+
     def run(verb: str, what: str) -> None:
         # Not a Path: that would turn https:// into https:/, and the address could no longer be refused as one.
         verbs[verb].add_argument("run", metavar="RUN", help=what)
@@ -83,6 +89,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     run("predict", "a run folder or a .ckpt file")
     verbs["predict"].add_argument("--input", required=True, metavar="FILE", help="what to predict for")
     verbs["predict"].add_argument("--output", required=True, metavar="FILE", help="where to write")
+    later("predict")
+    run("inspect", "a run folder or a .ckpt file")
+    verbs["inspect"].add_argument("--input", required=True, metavar="FILE", help="what to look at")
+    verbs["inspect"].add_argument("--output", required=True, metavar="DIR", help="folder for plots and pages")
+    later("inspect")
     recipe("compare")
     overrides("compare")
     verbs["compare"].add_argument(

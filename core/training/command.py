@@ -12,7 +12,7 @@ from pathlib import Path
 
 from core.attention.registry import available, entry, nearest
 from core.layout import PRESETS, check_name
-from core.training.app import apps
+from core.training.app import apps, get_app
 from core.training.arguments import LISTS, SUITES, VERBS, build_parser
 from core.training.errors import Interrupted, RunFailed, UserError
 
@@ -160,7 +160,7 @@ def _fit(args: argparse.Namespace) -> None:
     from core.training.result_table import print_result
 
     result = fit(recipe, run_dir=args.run_dir, resume=args.resume, floors=args.floors)
-    print_result(result.metrics, result.run_dir, recipe.app)
+    print_result(result.metrics, result.run_dir, get_app(recipe.app).judged_for(recipe))
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -170,7 +170,7 @@ def _test(args: argparse.Namespace) -> None:
     from core.training.result_table import print_result
     from core.training.run import load_run
 
-    print_result(evaluate(args.run, floors=args.floors), Path(args.run), load_run(args.run).app.name)
+    print_result(evaluate(args.run, floors=args.floors), Path(args.run), load_run(args.run).app)
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -179,7 +179,17 @@ def _predict(args: argparse.Namespace) -> None:
 
     from core.training.predict import predict
 
-    for path in predict(args.run, args.input, args.output):
+    for path in predict(args.run, args.input, args.output, args.overrides):
+        print(path)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    _must_be_there(args.run, "run folder or checkpoint")
+    _must_be_there(args.input, "input file")
+
+    from core.training.predict import inspect
+
+    for path in inspect(args.run, args.input, args.output, args.overrides):
         print(path)
 
 
@@ -268,6 +278,7 @@ _ACTIONS = {
     "fit": _fit,
     "test": _test,
     "predict": _predict,
+    "inspect": _inspect,
     "compare": _compare,
     "report": _report,
     "bench": _bench,

@@ -73,7 +73,7 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     recipe = _resolved(recipe, overrides)
-    app, device = get_app(recipe.app), pick_device(recipe)
+    app, device = get_app(recipe.app).judged_for(recipe), pick_device(recipe)
     with _torch_settings(recipe):
         recipe = _settled(recipe, device)
     folder = RunFolder(_run_dir(recipe, run_dir))

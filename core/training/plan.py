@@ -57,6 +57,7 @@ def make_plan(
     settings = _settings(grid)
     attentions: dict[str, dict[str, Any]] = {}
     configs = []
+    judges: dict[tuple[str, str], Sequence[str]] = {}
     for setting in settings:
         resolved = {
             label: load_recipe(recipe_ref, [*overrides, *setting, *attention_overrides(label), f"seed={chosen[0]}"])
@@ -71,7 +72,12 @@ def make_plan(
                     f"{attentions[label].get('layout')}); compare one of these settings at a time"
                 )
         configs.append(config)
-    app = get_app(configs[0]["app"])
+        one = next(iter(resolved.values()))
+        app = get_app(one.app).judged_for(one)
+        judges.setdefault((app.metric, app.better), setting)
+    if len(judges) > 1:
+        told = " and ".join(f"{metric} ({' '.join(setting)})" for (metric, _), setting in judges.items())
+        raise UserError(f"the settings are judged by different metrics, {told}; compare them one at a time")
     return Plan(
         recipe=str(recipe_ref),
         app=app.name,

@@ -1,18 +1,20 @@
-"""`predict`: the app's predictions for a user's file, from a run folder or a checkpoint file alone."""
+"""`predict` and `inspect`: what an app makes of a user's file, from a run folder or a checkpoint file alone."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from core.training.errors import UserError
-from core.training.run import load_run
+from core.training.run import LoadedRun, load_run
 
 
-def predict(run: str | Path, input: str | Path, output: str | Path) -> list[Path]:
+def predict(run: str | Path, input: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> list[Path]:
     """Predict for a file.
 
     Args:
         run: run folder (its best epoch) or .ckpt file.
         input: the user's file, in the form that the app's README describes.
         output: file to write; its folder is made if needed.
+        overrides: "predict.key=value", settings of the recipe's section `predict`.
 
     Returns:
         The files that were written.
@@ -20,12 +22,38 @@ def predict(run: str | Path, input: str | Path, output: str | Path) -> list[Path
     Raises:
         UserError: the input is missing, or cannot be what the run was trained on.
     """
+    return _ask(run, input, output, overrides, lambda loaded: loaded.app.part("predict"))
+
+
+def inspect(run: str | Path, input: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> list[Path]:
+    """Look inside a run while it reads a file: attention maps, saliency, whatever the app's README names.
+
+    Args and errors as for `predict`; `output` is a folder. An app may have nothing to show, which is an error.
+    """
+
+    def part(loaded: LoadedRun) -> Callable:
+        if loaded.app.inspect is None:
+            raise UserError(f"the app {loaded.app.name!r} has nothing to inspect")
+        Path(output).mkdir(parents=True, exist_ok=True)
+        return loaded.app.part("inspect")
+
+    return _ask(run, input, output, overrides, part)
+
+
+def _ask(
+    run: str | Path,
+    input: str | Path,
+    output: str | Path,
+    overrides: Sequence[str],
+    part: Callable[[LoadedRun], Callable[[LoadedRun, Path, Path], list[Path]]],
+) -> list[Path]:
     source, target = Path(input), Path(output)
     if not source.exists():
         raise UserError(f"there is no input file {str(input)!r}")
-    loaded = load_run(run)
+    loaded = load_run(run, overrides)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        function = part(loaded)
     except OSError as error:
         raise UserError(f"cannot make the folder of {str(output)!r}: {error.strerror}") from error
-    return loaded.app.part("predict")(loaded, source, target)
+    return function(loaded, source, target)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
@@ -54,6 +54,8 @@ class Recipe(Section):
     """The optimiser."""
     trainer: TrainerSection = Field(default_factory=TrainerSection)
     """The loop."""
+    predict: Section = Field(default_factory=Section)
+    """What `longspan predict` and `inspect` do with a user's file; `predict.key=value` may change it after training."""
     seed: int = Field(0, ge=0)
     """Of weights, data order and dropout."""
 
@@ -63,6 +65,10 @@ class Recipe(Section):
     def source(self) -> str:
         """Reference or path that this recipe was loaded from; "recipe" when it was made in Python."""
         return self._source
+
+    def judged_by(self) -> tuple[str, Literal["lower", "higher"]] | None:
+        """The primary metric of this recipe's task and its direction; None: those of the app."""
+        return None
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Self:

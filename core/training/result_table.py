@@ -6,16 +6,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from core.training.app import App, get_app
-from core.training.summary import NOISE_FLOOR
+from core.training.app import App
+from core.training.summary import OPTIMUM
 
 
-def print_result(metrics: dict[str, Any], run_dir: Path, app: str, console: Console | None = None) -> None:
+def print_result(metrics: dict[str, Any], run_dir: Path, app: App, console: Console | None = None) -> None:
     """Print to stdout: a table on a terminal; elsewhere only the run folder, for scripts."""
     console = console or Console()
     if console.is_terminal:
-        console.print(result_table(metrics, get_app(app)))
-        console.print(floor_line(metrics, get_app(app)), highlight=False)
+        console.print(result_table(metrics, app))
+        console.print(floor_line(metrics, app), highlight=False)
         console.print(cost_line(metrics["cost"]), highlight=False)
     console.print(str(run_dir), highlight=False, soft_wrap=True)
 
@@ -29,19 +29,31 @@ def result_table(metrics: dict[str, Any], app: App) -> Table:
     floors = _sorted_floors(metrics, app)
     for name, _ in floors:
         table.add_column(name, justify="right")
-    for metric in sorted(shown, key=lambda name: name != app.metric):
-        values = [floor.get(metric) for _, floor in floors]
-        table.add_row(metric, f"{shown[metric]:.4g}", *("" if value is None else f"{value:.4g}" for value in values))
+    ends = {f"{name}{end}" for name in shown for end in ("_low", "_high") if f"{name}_low" in shown}
+    for metric in sorted(shown.keys() - ends, key=lambda name: (name != app.metric, list(shown).index(name))):
+        values = [_cell(floor, metric) for _, floor in floors]
+        table.add_row(metric, _cell(shown, metric), *values)
     return table
+
+
+def _cell(figures: dict[str, float], metric: str) -> str:
+    """The figure, with its 95 % interval over the test examples where there is one."""
+    if metric not in figures:
+        return ""
+    low, high = figures.get(f"{metric}_low"), figures.get(f"{metric}_high")
+    return f"{figures[metric]:.4g}" + ("" if low is None or high is None else f" [{low:.4g}, {high:.4g}]")
 
 
 def floor_line(metrics: dict[str, Any], app: App) -> str:
     """Whether the model was worth its training, in one sentence."""
-    floors = [(name, values[app.metric]) for name, values in _sorted_floors(metrics, app) if name != NOISE_FLOOR]
+    floors = [(name, values[app.metric]) for name, values in _sorted_floors(metrics, app) if name != OPTIMUM]
     if not floors or app.metric not in metrics["test"]:
         return "No floors were computed, so nothing says what the model's figures are worth."
     (name, floor), ours = floors[0], metrics["test"][app.metric]
     figures = f"{app.metric} {ours:.4g} against {floor:.4g}"
+    low, high = metrics["test"].get(f"{app.metric}_low"), metrics["test"].get(f"{app.metric}_high")
+    if low is not None and high is not None and low <= floor <= high:
+        return f"Not separable from {name} by this test set: {figures}, inside the interval [{low:.4g}, {high:.4g}]."
     if app.improves(ours, floor):
         return f"Better than the best floor, {name}: {figures} (one seed; `longspan compare` tells the noise)."
     return f"Not better than {name}, which needs no deep model: {figures}."

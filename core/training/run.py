@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -108,7 +108,7 @@ class RunFolder:
     def _same_recipe(self, recipe: Recipe) -> None:
         there = _flat(build_recipe(read_yaml(self.recipe), source=str(self.recipe)).model_dump(mode="json"))
         here = _flat(recipe.model_dump(mode="json"))
-        changed = [key for key in here | there if here.get(key) != there.get(key) and key not in _HARMLESS]
+        changed = [key for key in here | there if here.get(key) != there.get(key) and not _harmless(key)]
         if changed:
             key = changed[0]
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -134,8 +134,10 @@ class RunFolder:
             file.write((_csv_line(list(row)) if first else b"") + _csv_line(list(row.values())))
 
 
-# Changing these does not change what is learned, only how fast or where it is seen.
-_HARMLESS = {f"trainer.{key}" for key in ("threads", "workers", "log_every", "checkpoint_every")}
+def _harmless(key: str) -> bool:
+    """Whether a key changes nothing that is learned, only how fast, where it is seen, or what `predict` does later."""
+    unlearned = {f"trainer.{name}" for name in ("threads", "workers", "log_every", "checkpoint_every")}
+    return key in unlearned or key.startswith("predict")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -263,16 +265,23 @@ def run_checkpoint(run: str | Path) -> tuple[Path, Path, dict[str, Any]]:
     return path, found, checkpoint
 
 
-def load_run(run: str | Path) -> LoadedRun:
+def load_run(run: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     """A trained run from its folder, or from one of its checkpoint files alone.
 
+    Args:
+        run: the folder or the .ckpt file.
+        overrides: "predict.key=value"; whatever else the recipe says is what the weights were trained with.
+
     Raises:
-        UserError: no run, no readable checkpoint, or its app is not installed.
+        UserError: no run, no readable checkpoint, its app is not installed, or an override of something else.
     """
+    for override in overrides:
+        if not override.startswith("predict."):
+            raise UserError(f"override {override!r}: a trained run can only be given predict.KEY=VALUE")
     run_dir, _, checkpoint = run_checkpoint(run)
     record = checkpoint["longspan"]
-    recipe = build_recipe(record["recipe"], source=record["source"])
-    app = get_app(recipe.app)
+    recipe = build_recipe(record["recipe"], overrides, source=record["source"])
+    app = get_app(recipe.app).judged_for(recipe)
     task = build_task(recipe, app, record["spec"])
     restore_weights(task, checkpoint)
     task.eval()

@@ -149,18 +149,36 @@ def bootstrap(
     Raises:
         ValueError: no example, or arrays of different lengths.
     """
+
+    def one(*drawn: np.ndarray) -> dict[str, float]:
+        return {"": statistic(*drawn)}
+
+    return bootstrap_each(one, *examples, confidence=confidence, resamples=resamples, seed=seed)[""]
+
+
+def bootstrap_each(
+    statistics: Callable[..., Mapping[str, float]],
+    *examples: Sequence[float] | np.ndarray,
+    confidence: float = CONFIDENCE,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """`bootstrap` of several statistics at once, from the same draws; `statistics` returns them by name."""
     arrays = [np.asarray(array) for array in examples]
     lengths = {len(array) for array in arrays}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"bootstrap needs arrays with the same number of examples, at least 1; got {sorted(lengths)}")
     (count,) = lengths
     draws = np.random.default_rng(seed)
-    drawn = np.empty(resamples)
-    for i in range(resamples):
+    drawn: dict[str, list[float]] = {}
+    for _ in range(resamples):
         rows = draws.integers(count, size=count)
-        drawn[i] = statistic(*(array[rows] for array in arrays))
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+        for name, value in statistics(*(array[rows] for array in arrays)).items():
+            drawn.setdefault(name, []).append(value)
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    return {
+        name: (float(low), float(high)) for name, (low, high) in ((n, np.quantile(v, ends)) for n, v in drawn.items())
+    }
 
 
 def _require_finite(values: Sequence[float]) -> None:

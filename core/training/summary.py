@@ -27,9 +27,10 @@ from core.training.statistics import (
     verdict,
 )
 
-NOISE_FLOOR = "noise_floor"
-"""The name under which an app reports, among its floors, the error that the data itself makes unavoidable (known for
-generated data). No method can do better, so it is shown beside the floors and never counted as one to beat."""
+OPTIMUM = "optimum"
+"""The name under which an app reports, among its floors, the figure that no method can better: what generated data
+leaves to chance, or an oracle that has read the answer. It is shown beside the floors and never counted as one to
+beat."""
 
 COSTS = ("parameters", "flops_per_item", "state_bytes", "tokens_per_s", "step_ms", "peak_bytes", "seconds")
 
@@ -81,7 +82,7 @@ class Table:
         part: "test", or "val" where the runs have no test metric.
         rows: in the order of the plan.
         floors: metrics by floor, on the same part.
-        noise_floor: the value of the primary metric that nobody can beat, where it is known.
+        optimum: the value of the primary metric that nobody can beat, where it is known.
         floors_agree: whether all runs report the same floors, as runs on the same data must.
         best_floor: (name, value) of the best one by the primary metric.
         best: label of the variant with the best mean among those that finished the most seeds.
@@ -94,7 +95,7 @@ class Table:
     part: str
     rows: list[Row]
     floors: dict[str, dict[str, float]]
-    noise_floor: float | None
+    optimum: float | None
     floors_agree: bool
     best_floor: tuple[str, float] | None
     best: str | None
@@ -131,7 +132,7 @@ def _table(plan: Plan, setting: tuple[str, ...], runs: Mapping[Key, Run]) -> Tab
     reported = [run.metrics["floors"] for run in ok if run.metrics.get("floors")] if part == "test" else []
     floors = reported[0] if reported else {}
     values = {name: metrics[plan.metric] for name, metrics in floors.items() if plan.metric in metrics}
-    scored = [(value, name) for name, value in values.items() if name != NOISE_FLOOR]
+    scored = [(value, name) for name, value in values.items() if name != OPTIMUM]
     best = (min if plan.better == "lower" else max)(scored, default=None)
     spreads = [row.metric for row in rows if row.metric]
     decimals = units.decimals_for([s.mean for s in spreads], [s.sd for s in spreads if s.sd is not None])
@@ -141,7 +142,7 @@ def _table(plan: Plan, setting: tuple[str, ...], runs: Mapping[Key, Run]) -> Tab
         rows=rows,
         floors=floors,
         floors_agree=all(other == floors for other in reported),
-        noise_floor=values.get(NOISE_FLOOR),
+        optimum=values.get(OPTIMUM),
         best_floor=(best[1], best[0]) if best else None,
         best=_best(plan, rows),
         decimals=decimals,

@@ -31,7 +31,7 @@ COLUMNS = (
         "floor",
         "floor_value",
         "floor_verdict",
-        "noise_floor",
+        "optimum",
     ),
 )
 
@@ -172,9 +172,9 @@ def console(summary: Summary) -> Group:
         if table.best_floor:
             name, value = table.best_floor
             shown.add_row(name, units.fixed(value, table.decimals), *[""] * 4, "best floor", style="dim")
-        if table.noise_floor is not None:
+        if table.optimum is not None:
             shown.add_row(
-                "noise floor", units.fixed(table.noise_floor, table.decimals), *[""] * 4, "best possible", style="dim"
+                "optimum", units.fixed(table.optimum, table.decimals), *[""] * 4, "best possible", style="dim"
             )
         parts += [shown, *(Text(f"! {warning}", style="yellow") for warning in table.warnings)]
         if len(summary.tables) > 1:
@@ -212,7 +212,7 @@ def summary_csv(summary: Summary) -> str:
                 "baseline" if row.variant == plan.baseline else row.baseline and row.baseline.verdict,
                 *(table.best_floor or (None, None)),
                 row.floor and row.floor.verdict,
-                table.noise_floor,
+                table.optimum,
             ]
             lines.writerow([*found, *(row.cost[name] for name in COSTS)])
     return text.getvalue()

@@ -51,7 +51,7 @@ def test_the_best_forecast_knows_no_event_before_it_begins():
     assert np.abs(before[2:10] - during[:8]).max() > 0.5, "once it has begun, its rest is known"
 
 
-def test_the_noise_floor_is_below_every_other_and_as_computed_by_hand():
+def test_the_optimum_is_below_every_other_and_as_computed_by_hand():
     recipe = build_recipe(
         {
             "app": "timeseries",
@@ -60,14 +60,9 @@ def test_the_noise_floor_is_below_every_other_and_as_computed_by_hand():
     )
     data = build_data(recipe)
     found = floors(recipe, data)
-    assert (
-        found["noise_floor"]["mse"]
-        < found["ridge"]["mse"]
-        < found["seasonal_naive"]["mse"]
-        < found["last_value"]["mse"]
-    )
+    assert found["optimum"]["mse"] < found["ridge"]["mse"] < found["seasonal_naive"]["mse"] < found["last_value"]["mse"]
     # Noise, and events that begin inside the horizon: step h sees min(h, 8) of the bump's squares, each with 1/RARITY.
     noise = 0.5
     seen = np.mean([np.sum(BUMP[: h + 1] ** 2) for h in range(48)])
     expected = noise**2 * (1 + HEIGHT**2 * seen / RARITY)
-    assert found["noise_floor"]["mse_raw"] == pytest.approx(expected, rel=0.15)
+    assert found["optimum"]["mse_raw"] == pytest.approx(expected, rel=0.15)

@@ -6,7 +6,12 @@ import sys
 import pytest
 
 from core.training.app import App, apps, get_app, load
+from core.training.checkpoint import read_checkpoint
 from core.training.errors import UserError
+from core.training.fit import fit
+from core.training.plan import make_plan
+from core.training.recipe import load_recipe
+from core.training.run import load_run
 
 
 def test_apps_come_from_folders_and_entry_points(toy):
@@ -58,3 +63,21 @@ def test_a_reference_that_leads_nowhere(reference):
     with pytest.raises(UserError, match=f"reference '{reference}'"):
         load(reference)
     assert load("json:dumps") is importlib.import_module("json").dumps
+
+
+def test_a_recipe_may_be_judged_by_a_metric_of_its_own(toy):
+    own = ["model.judge=fit", "trainer.epochs=4", "trainer.accelerator=cpu"]
+    assert get_app("toy").judged_for(load_recipe("toy/demo")) == get_app("toy")
+    recipe = load_recipe("toy/demo", own)
+    judged = get_app("toy").judged_for(recipe)
+    assert (judged.name, judged.metric, judged.better) == ("toy", "fit", "higher")
+    fit(recipe, run_dir=toy / "run", quiet=True)
+    rows = read_checkpoint(toy / "run" / "checkpoints" / "last.ckpt")["longspan"]["rows"]
+    best = read_checkpoint(toy / "run" / "checkpoints" / "best.ckpt")["longspan"]["best"]
+    # By "lower is better" the first epoch would win.
+    assert best["val_fit"] == max(row["val_fit"] for row in rows) > min(row["val_fit"] for row in rows)
+    assert load_run(toy / "run").app.metric == "fit"
+    plan = make_plan("toy/demo", variants=["softmax"], seeds=1, overrides=own)
+    assert (plan.metric, plan.better) == ("fit", "higher")
+    with pytest.raises(UserError, match=r"different metrics, mse \(model.judge=null\) and fit \(model.judge=fit\)"):
+        make_plan("toy/demo", variants=["softmax"], seeds=1, grid=["model.judge=null,fit"])

@@ -61,7 +61,10 @@ def test_fit_test_and_predict_from_the_command(words, toy, capsys):
     assert json.loads((toy / "run" / "metrics.json").read_text())["test"] == first["test"]
     (toy / "in.txt").write_text("1 2 3 4 5 6 7 8")
     assert told(capsys, "predict", "run", "--input", "in.txt", "--output", "out.txt") == "out.txt\n"
-    assert float((toy / "out.txt").read_text())
+    value = float((toy / "out.txt").read_text())
+    told(capsys, "predict", "run", "--input", "in.txt", "--output", "out.txt", "predict.scale=2")
+    assert float((toy / "out.txt").read_text()) == pytest.approx(2 * value)
+    assert told(capsys, "inspect", "run", "--input", "in.txt", "--output", "look") == "look/weights.txt\n"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,7 @@ def test_fit_test_and_predict_from_the_command(words, toy, capsys):
         (["show", "toy/demoo"], "unknown recipe 'toy/demoo' (did you mean 'toy/demo'?)"),
         (["test", "rum"], "there is no run folder 'rum' (did you mean 'run'?)"),
         (["predict", "run", "--input", "nope", "--output", "x"], "there is no input file 'nope'"),
+        (["inspect", "run", "--input", "nope", "--output", "x"], "there is no input file 'nope'"),
         (["predict", "run"], "the following arguments are required: --input, --output"),
         (
             ["compare", "toy/demo", "--variants", "linear", "--seeds", "x"],

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from core.training.app import App
+from core.training.app import App, get_app
 from core.training.result_table import floor_line, print_result, result_table
 
 LOWER = App(*"nsrdtfp", metric="mse", better="lower")
@@ -24,7 +24,7 @@ def printed(found, app):
 
 
 def test_the_sentence_about_the_floors():
-    floors = {"last value": 0.9, "ridge": 0.37, "noise_floor": 0.1}
+    floors = {"last value": 0.9, "ridge": 0.37, "optimum": 0.1}
     assert floor_line(metrics(0.36, floors), LOWER).startswith(
         "Better than the best floor, ridge: mse 0.36 against 0.37"
     )
@@ -43,12 +43,25 @@ def test_the_table_has_the_best_floor_first_and_the_primary_metric_on_top():
     assert text.index("k-mer") < text.index("majority")
 
 
+def test_an_interval_stands_beside_its_figure_and_is_heeded():
+    found = metrics(0.85, {"k-mer": 0.82}, "mcc")
+    found["test"] |= {"mcc_low": 0.8, "mcc_high": 0.9}
+    text = printed(found, HIGHER)
+    assert "0.85 [0.8, 0.9]" in text
+    assert "mcc_low" not in text
+    assert floor_line(found, HIGHER).startswith("Not separable from k-mer by this test set: mcc 0.85 against 0.82")
+    found["test"] |= {"mcc_low": 0.83}
+    assert floor_line(found, HIGHER).startswith("Better than the best floor, k-mer")
+
+
 def test_a_terminal_gets_the_table_and_a_script_the_folder(toy, capsys):
     out = io.StringIO()
     found = metrics(0.36, {"ridge": 0.37})
-    print_result(found, toy / "run", "toy", Console(file=out, force_terminal=True, width=200, color_system=None))
+    print_result(
+        found, toy / "run", get_app("toy"), Console(file=out, force_terminal=True, width=200, color_system=None)
+    )
     assert "Better than the best floor, ridge" in out.getvalue()
     assert "12,345 parameters, 1,000 tokens/s, 1.3 ms per step, peak 2 MiB, 3.0 s of training" in out.getvalue()
     assert out.getvalue().splitlines()[-1].rstrip() == str(toy / "run")
-    print_result(found, toy / "run", "toy")
+    print_result(found, toy / "run", get_app("toy"))
     assert capsys.readouterr().out == f"{toy / 'run'}\n"

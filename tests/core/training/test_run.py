@@ -4,18 +4,20 @@ import csv
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from core.training.app import get_app
 from core.training.checkpoint import read_checkpoint
 from core.training.data import eval_loader
 from core.training.errors import UserError
 from core.training.evaluation import run_evaluation
 from core.training.fit import evaluate, fit
 from core.training.interrupt import Stop
-from core.training.predict import predict
+from core.training.predict import inspect, predict
 from core.training.randomness import random_state
 from core.training.recipe import load_recipe
 from core.training.run import load_model, load_run
@@ -102,6 +104,34 @@ def test_a_checkpoint_file_alone_is_enough_to_predict(run, toy):
         predict("alone.ckpt", "nope.txt", "out.txt")
     with pytest.raises(UserError, match="is a checkpoint file; give the folder of the run"):
         evaluate("alone.ckpt")
+
+
+def test_settings_of_predict_may_change_after_training_and_nothing_else(run, toy):
+    (toy / "in.txt").write_text(" ".join(["0.5"] * 8))
+    values = []
+    for overrides in ([], ["predict.scale=3"]):
+        predict(run.run_dir, "in.txt", "out.txt", overrides)
+        values.append(float((toy / "out.txt").read_text()))
+    assert values[1] == pytest.approx(3 * values[0])
+    with pytest.raises(UserError, match=r"override 'model.dropout=0': .* only be given predict.KEY=VALUE"):
+        predict(run.run_dir, "in.txt", "out.txt", ["model.dropout=0"])
+    with pytest.raises(UserError, match=r"predict.scal=2.*did you mean 'scale'"):
+        predict(run.run_dir, "in.txt", "out.txt", ["predict.scal=2"])
+
+
+def test_inspect_writes_into_a_folder_or_says_that_there_is_nothing(run, toy, monkeypatch):
+    (toy / "in.txt").write_text("")
+    assert [str(path) for path in inspect(run.run_dir, "in.txt", "deep/look", ["predict.scale=2"])] == [
+        "deep/look/weights.txt"
+    ]
+    assert (toy / "deep" / "look" / "weights.txt").read_text() == "2.0 in.txt"
+    (toy / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the folder of 'file'"):
+        inspect(run.run_dir, "in.txt", "file")
+    blind = replace(get_app("toy"), inspect=None)
+    monkeypatch.setattr("core.training.run.get_app", lambda _: blind)
+    with pytest.raises(UserError, match="the app 'toy' has nothing to inspect"):
+        inspect(run.run_dir, "in.txt", "look")
 
 
 def test_same_seed_same_result_other_seed_another(toy):

@@ -110,11 +110,11 @@ def test_a_floor_that_wins_is_the_answer():
     assert table.warnings[0] == "No variant beats the best floor (ridge, mse 0.300) by more than seed noise."
 
 
-def test_the_noise_floor_is_no_rival_as_nothing_can_beat_it():
-    floors = {"ridge": {"mse": 0.5}, "noise_floor": {"mse": 0.1}}
+def test_the_optimum_is_no_rival_as_nothing_can_beat_it():
+    floors = {"ridge": {"mse": 0.5}, "optimum": {"mse": 0.1}}
     values = {"softmax": noisy(0.40, sign=2), "linear": noisy(0.38)}
     table = table_of(plan_of(["softmax", "linear"]), values, floors=floors)
-    assert (table.best_floor, table.noise_floor) == (("ridge", 0.5), 0.1)
+    assert (table.best_floor, table.optimum) == (("ridge", 0.5), 0.1)
     assert table.headline.startswith("Use linear here")
     assert table.warnings == []
 

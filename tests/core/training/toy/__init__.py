@@ -12,4 +12,5 @@ APP = App(
     predict="longspan_toy.task:predict",
     metric="mse",
     better="lower",
+    inspect="longspan_toy.task:inspect",
 )

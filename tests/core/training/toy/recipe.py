@@ -22,9 +22,20 @@ class ToyModel(Section):
     trap: str | None = None
     """What goes wrong, and at which batch of the process: nan, grad, oom, kill, term, int, slow, or, counted in
     batches of evaluation, termval, nanval; such as nan@7. termend@0: after the test. null: nothing."""
+    judge: str | None = None
+    """The metric that counts: fit (higher is better); null: the app's."""
+
+
+class ToyPredict(Section):
+    scale: float = 1.0
+    """Factor of what is predicted."""
 
 
 class ToyRecipe(Recipe):
     app: str = "toy"
+    predict: ToyPredict = Field(default_factory=ToyPredict)
     data: ToyData = Field(default_factory=ToyData)
     model: ToyModel = Field(default_factory=ToyModel)
+
+    def judged_by(self):
+        return None if self.model.judge is None else (self.model.judge, "higher")
