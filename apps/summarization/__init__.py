@@ -10,6 +10,7 @@ APP = App(
     task="apps.summarization.task:build_task",
     floors="apps.summarization.baselines:floors",
     predict="apps.summarization.predict:predict",
+    inspect="apps.summarization.inspect:inspect",
     metric="rouge1",
     better="higher",
 )

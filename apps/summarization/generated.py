@@ -16,8 +16,7 @@ from apps.summarization.recipe import GeneratedSection
 
 KINDS = ("port", "captain", "cargo", "day", "ship", "crew", "wind", "course", "price", "buyer", "storm", "harbour")
 MARK, RUMOUR = "sworn", "rumour"
-FILLER = 300
-"""Different filler words."""
+FILLER_WORDS = np.array([f"w{i}" for i in range(300)])
 SENTENCE = (8, 16)
 """Words of a sentence, least and most."""
 
@@ -25,20 +24,26 @@ SENTENCE = (8, 16)
 def generate(options: GeneratedSection) -> dict[str, list[Example]]:
     """Train, val and test; the same options give the same documents."""
     rng = np.random.default_rng(options.seed)
-    sizes = {"train": options.documents, "val": options.held_out, "test": options.held_out}
-    return {part: [_example(rng, options, f"{part}-{i}") for i in range(size)] for part, size in sizes.items()}
+    found: dict[str, list[Example]] = {}
+    for part, size in (("train", options.documents), ("val", options.held_out), ("test", options.held_out)):
+        if part == "train":
+            low, high = np.log(options.train_shortest), np.log(options.words)
+            lengths = np.exp(rng.uniform(low, high, size))
+        else:
+            lengths = rng.uniform(options.shortest, options.words, size)
+        found[part] = [_example(rng, options, int(words), f"{part}-{i}") for i, words in enumerate(lengths)]
+    return found
 
 
-def _example(rng: np.random.Generator, options: GeneratedSection, name: str) -> Example:
-    words = int(options.words * rng.uniform(2 / 3, 4 / 3))
-    sizes = []
-    while sum(sizes) < words:
-        sizes.append(int(rng.integers(SENTENCE[0], SENTENCE[1] + 1)))
-    filler = rng.integers(0, FILLER, sum(sizes))
-    ends = np.cumsum(sizes)
-    sentences = [[f"w{w}" for w in filler[end - size : end]] for size, end in zip(sizes, ends)]
+def _example(rng: np.random.Generator, options: GeneratedSection, words: int, name: str) -> Example:
+    # As many sentences as surely hold the words, cut where they are reached.
+    sizes = rng.integers(SENTENCE[0], SENTENCE[1] + 1, words // SENTENCE[0] + 1)
+    sizes = sizes[: max(2 * options.facts, int(np.searchsorted(np.cumsum(sizes), words)) + 1)].tolist()
+    filler = FILLER_WORDS[rng.integers(0, len(FILLER_WORDS), sum(sizes))].tolist()
+    ends = np.cumsum(sizes).tolist()
+    sentences = [filler[end - size : end] for size, end in zip(sizes, ends)]
     kinds = KINDS[: options.facts]
-    places = rng.choice(len(sentences), size=2 * len(kinds), replace=len(sentences) < 2 * len(kinds))
+    places = rng.choice(len(sentences), size=2 * len(kinds), replace=False)
     summary = []
     for k, kind in enumerate(kinds):
         true, false = rng.choice(options.names, size=2, replace=False)

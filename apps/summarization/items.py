@@ -95,7 +95,7 @@ class ExtractiveItems(Dataset):
             return self._sources[id(source)]
         words = [[self.numbers.get(word, 1) for word in words_of(s)] or [1] for s in source.sentences]
         ids = torch.tensor([word for sentence in words for word in sentence])
-        rows = torch.repeat_interleave(torch.tensor([len(sentence) for sentence in words]))
+        rows = torch.from_numpy(np.repeat(np.arange(len(words)), [len(sentence) for sentence in words]))
         wide = self.spec["features"]
         features = sentence_features(source) if wide else np.zeros((len(words), 0), np.float32)
         prepared = prepare_all(source.sentences) if self.labels in ("oracle", "soft") else []
@@ -157,26 +157,34 @@ class AbstractiveItems(Dataset):
         query = self.tokens.encode(example.query) if example.query else []
         chosen = self.chosen(example)
         numbers = range(len(example.source.sentences)) if chosen is None else chosen
-        sentences = [self.tokens.encode(example.source.sentences[i]) for i in numbers]
+        sentences = self.tokens.encode_all([example.source.sentences[i] for i in numbers])
         item: dict[str, Any] = {"example": example, "part": self.part, "chosen": chosen}
         if self.spec["reader"] == "sentences":
             most = self.spec["sentence_tokens"]
-            pieces = [query[i : i + most] for i in range(0, len(query), most)]
-            pieces += [s[i : i + most] for s in sentences for i in range(0, len(s), most)]
-            pieces = self._shorten(pieces, sum(map(len, pieces)))
-            item["ids"] = torch.tensor([token for piece in pieces for token in piece])
-            item["rows"] = torch.repeat_interleave(torch.tensor([len(piece) for piece in pieces]))
+            pieces = [
+                (owner, tokens[i : i + most])
+                for owner, tokens in [(-1, query), *zip(numbers, sentences)]
+                for i in range(0, len(tokens), most)
+            ]
+            kept = self._keep(np.array([len(piece) for _, piece in pieces]))
+            pieces = [pieces[i] for i in kept]
+            sizes = [len(piece) for _, piece in pieces]
+            item["ids"] = torch.tensor([token for _, piece in pieces for token in piece])
+            item["rows"] = torch.from_numpy(np.repeat(np.arange(len(pieces)), sizes))
+            item["owners"] = np.repeat([owner for owner, _ in pieces], sizes)
             item["positions"] = len(pieces)
         else:
             separator = [SEPARATOR] if self.spec["separators"] else []
-            body = [token for sentence in sentences for token in [*sentence, *separator]]
-            front = [*query, SEPARATOR] if query else []
-            body = self._shorten(body, len(body), less=len(front))
-            item["ids"] = torch.tensor(front + body)
+            sentences = [[*tokens, *separator] for tokens in sentences]
+            body = np.array([token for tokens in sentences for token in tokens], dtype=np.int64)
+            owners = np.repeat(np.array(numbers, dtype=np.int64), [len(tokens) for tokens in sentences])
+            front = np.array([*query, SEPARATOR] if query else [], dtype=np.int64)
+            kept = self._keep(np.ones(len(body), dtype=np.int64), less=len(front))
+            item["ids"] = torch.from_numpy(np.concatenate([front, body[kept]]))
+            item["owners"] = np.concatenate([np.full(len(front), -1), owners[kept]])
             item["marked"] = self._marked(item["ids"], len(front))
         most = self.spec["max_summary"]
-        summaries = [self.tokens.encode(reference) for reference in example.references[:1]]
-        summary = summaries[0] if summaries else []
+        summary = self.tokens.encode(example.references[0]) if example.references else []
         self.cut["summaries"] += len(summary) > most
         item["summary"] = torch.tensor([BEGIN, *summary[:most], END])
         return item
@@ -193,20 +201,20 @@ class AbstractiveItems(Dataset):
             scores = scores + np.exp(likeness - max(likeness.max(), 1e-12))
         return select(scores, lengths_of(source.sentences), Budget(words=words))
 
-    def _shorten(self, pieces: list, total: int, less: int = 0) -> list:
-        """At most `max_tokens` tokens of a document, from the head or from both ends."""
-        most = self.spec["max_tokens"]
+    def _keep(self, sizes: np.ndarray, less: int = 0) -> np.ndarray:
+        """Numbers of the pieces (tokens, or runs of `sizes` tokens) that stay: `max_tokens` from head or both ends."""
+        most, total = self.spec["max_tokens"], int(sizes.sum())
         self.cut["of tokens"] += total
-        if most is None or total <= most:
-            return pieces
+        every = np.arange(len(sizes))
+        if most is None or total + less <= most:
+            return every
         most = max(1, most - less)
-        sizes = [len(piece) if isinstance(piece, list) else 1 for piece in pieces]
         tail_share = most // 2 if self.spec["overflow"] == "head_tail" else 0
-        head = int(np.searchsorted(np.cumsum(sizes), most - tail_share, side="right"))
+        head = max(1, int(np.searchsorted(np.cumsum(sizes), most - tail_share, side="right")))
         tail = int(np.searchsorted(np.cumsum(sizes[::-1]), tail_share, side="right")) if tail_share else 0
-        kept = pieces[: max(head, 1)] + (pieces[-tail:] if tail else [])
+        kept = np.concatenate([every[:head], every[max(head, len(every) - tail) :]])
         self.cut["sources"] += 1
-        self.cut["tokens"] += total - sum(len(piece) if isinstance(piece, list) else 1 for piece in kept)
+        self.cut["tokens"] += total - int(sizes[kept].sum())
         return kept
 
     def _marked(self, ids: Tensor, front: int) -> Tensor:

@@ -14,18 +14,29 @@ Policy = Literal["error", "skip"]
 class GeneratedSection(Section):
     """The generated documents of the demo: their best possible summary is known, see `generated.py`."""
 
-    documents: int = Field(400, ge=3)
-    """Documents for training; a tenth as many, at least 8, for each of validation and test."""
-    words: int = Field(12000, ge=64)
-    """Words of a document; lengths are spread evenly from two thirds to four thirds of it."""
+    documents: int = Field(1200, ge=3)
+    """Documents for training."""
+    held_out: int = Field(64, ge=4)
+    """Documents for validation, and as many for the test."""
+    words: int = Field(16000, ge=64)
+    """Words of the longest document."""
+    shortest: int = Field(8000, ge=64)
+    """Words of the shortest document of validation and test; their lengths are spread evenly."""
+    train_shortest: int = Field(250, ge=64)
+    """The same for training, where the logarithm of the length is spread evenly: short ones teach what to look for."""
     facts: int = Field(4, ge=1, le=12)
     """Marked facts that the summary asks for; as many unmarked ones stand beside them."""
     names: int = Field(24, ge=2, le=200)
     """Different values of a fact."""
-    held_out: int = Field(64, ge=4)
-    """Documents in each of the validation and the test part."""
     seed: int = Field(0, ge=0)
     """Of the documents; the seed of the run does not change the data."""
+
+    @model_validator(mode="after")
+    def _lengths_rise(self) -> Self:
+        for name in ("shortest", "train_shortest"):
+            if getattr(self, name) > self.words:
+                raise ValueError(f"{name} must not exceed words, got {getattr(self, name)} > {self.words}")
+        return self
 
 
 class ColumnsSection(Section):

@@ -42,6 +42,13 @@ class Tokens:
             return [byte + self.offset for byte in text.encode()]
         return [i + self.offset for i in self.inner.encode(text, add_special_tokens=False).ids]
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """The same for many texts at once."""
+        if self.inner is None:
+            return [self.encode(text) for text in texts]
+        found = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [[i + self.offset for i in one.ids] if self.offset else one.ids for one in found]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the tokens; specials give nothing, bytes that are no UTF-8 give the replacement character."""
         kept = [i for i in ids if i >= len(SPECIAL)]
