@@ -80,14 +80,16 @@ class Writer(nn.Module):
         self.table = nn.Embedding(vocabulary, dim, padding_idx=PAD)
         nn.init.normal_(self.table.weight, std=dim**-0.5)
         self.scale = dim**0.5  # so that an embedding and a position are of one size, as in Vaswani et al. 2017
-        self.sentences = self.join = None
+        self.sentences = self.join = self.level = None
         if reader == "sentences":
             self.sentences = SentenceEncoder(
                 vocabulary, dim, sentence_depth, table=self.table, dropout=encoder["dropout"]
             )
+            # The mean of many words is short; positions, which are added to it, would drown it.
+            self.level = nn.LayerNorm(dim)
         elif reader == "patches":
             self.join = nn.Linear(patch * dim, dim)
-        if encoder.get("positions") is None:
+        if encoder.get("positions") is None and reader != "sentences":
             encoder = {**encoder, "positions": "sinusoidal"}
         self.encoder = Encoder(**encoder)
         self.decoder = Decoder(**decoder)
@@ -98,10 +100,10 @@ class Writer(nn.Module):
     def encode(self, document: Document) -> Memory:
         """Read the document once."""
         ids = document.ids
-        if self.sentences is not None:
+        if self.sentences is not None and self.level is not None:
             assert document.words is not None
             mask = document.words.mask
-            x = spread(self.sentences(document.words), mask) * self.scale
+            x = spread(self.level(self.sentences(document.words)), mask)
         else:
             mask = ids != PAD
             x = self.table(ids) * self.scale

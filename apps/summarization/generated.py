@@ -27,7 +27,7 @@ def generate(options: GeneratedSection) -> dict[str, list[Example]]:
     found: dict[str, list[Example]] = {}
     for part, size in (("train", options.documents), ("val", options.held_out), ("test", options.held_out)):
         if part == "train":
-            low, high = np.log(options.train_shortest), np.log(options.words)
+            low, high = np.log(options.train_shortest), np.log(options.train_words)
             lengths = np.exp(rng.uniform(low, high, size))
         else:
             lengths = rng.uniform(options.shortest, options.words, size)
@@ -37,7 +37,8 @@ def generate(options: GeneratedSection) -> dict[str, list[Example]]:
 
 def _example(rng: np.random.Generator, options: GeneratedSection, words: int, name: str) -> Example:
     # As many sentences as surely hold the words, cut where they are reached.
-    sizes = rng.integers(SENTENCE[0], SENTENCE[1] + 1, words // SENTENCE[0] + 1)
+    most = max(2 * options.facts, words // SENTENCE[0] + 1)
+    sizes = rng.integers(SENTENCE[0], SENTENCE[1] + 1, most)
     sizes = sizes[: max(2 * options.facts, int(np.searchsorted(np.cumsum(sizes), words)) + 1)].tolist()
     filler = FILLER_WORDS[rng.integers(0, len(FILLER_WORDS), sum(sizes))].tolist()
     ends = np.cumsum(sizes).tolist()

@@ -19,11 +19,13 @@ class GeneratedSection(Section):
     held_out: int = Field(64, ge=4)
     """Documents for validation, and as many for the test."""
     words: int = Field(16000, ge=64)
-    """Words of the longest document."""
+    """Words of the longest document of validation and test."""
     shortest: int = Field(8000, ge=64)
-    """Words of the shortest document of validation and test; their lengths are spread evenly."""
-    train_shortest: int = Field(250, ge=64)
-    """The same for training, where the logarithm of the length is spread evenly: short ones teach what to look for."""
+    """Words of the shortest one; lengths are spread evenly between the two."""
+    train_words: int = Field(2000, ge=64)
+    """Words of the longest training document: what is learned on short ones is asked of long ones."""
+    train_shortest: int = Field(64, ge=64)
+    """Words of the shortest; between the two the logarithm of the length is spread evenly."""
     facts: int = Field(4, ge=1, le=12)
     """Marked facts that the summary asks for; as many unmarked ones stand beside them."""
     names: int = Field(24, ge=2, le=200)
@@ -33,9 +35,10 @@ class GeneratedSection(Section):
 
     @model_validator(mode="after")
     def _lengths_rise(self) -> Self:
-        for name in ("shortest", "train_shortest"):
-            if getattr(self, name) > self.words:
-                raise ValueError(f"{name} must not exceed words, got {getattr(self, name)} > {self.words}")
+        for least, most in (("shortest", "words"), ("train_shortest", "train_words")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low > high:
+                raise ValueError(f"{least} must not exceed {most}, got {low} > {high}")
         return self
 
 

@@ -202,8 +202,9 @@ def means(rows: Sequence[dict[str, float]], *, intervals: bool = False) -> dict[
     return found
 
 
-def bootstrap(values: np.ndarray, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap(values: "np.ndarray | Sequence[float]", *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile interval of the mean of values [N] over documents: which documents happened to be there, no more."""
+    values = np.asarray(values)
     chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.quantile(values[chosen].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

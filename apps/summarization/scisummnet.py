@@ -6,6 +6,7 @@ Every 8th paper by id is test, every 8th of the rest validation.
 """
 
 import gzip
+import html
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -74,4 +75,5 @@ def read_paper(path: Path, leak: str) -> tuple[Source, bool]:
 
 
 def _words(element: ET.Element) -> str:
-    return " ".join("".join(element.itertext()).split())
+    # The files have entities inside entities, such as &amp;quot;.
+    return " ".join(html.unescape("".join(element.itertext())).split())
