@@ -79,6 +79,8 @@ class Writer(nn.Module):
         self.reader, self.patch, self.smoothing = reader, patch, smoothing
         self.table = nn.Embedding(vocabulary, dim, padding_idx=PAD)
         nn.init.normal_(self.table.weight, std=dim**-0.5)
+        with torch.no_grad():
+            self.table.weight[PAD] = 0.0  # in a patch that a document does not fill, padding must be nothing
         self.scale = dim**0.5  # so that an embedding and a position are of one size, as in Vaswani et al. 2017
         self.sentences = self.join = self.level = None
         if reader == "sentences":

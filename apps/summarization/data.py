@@ -13,7 +13,7 @@ from apps.summarization.items import AbstractiveItems, ExtractiveItems, collate_
 from apps.summarization.reading import Report, read_part, read_set
 from apps.summarization.recipe import DataSection, SummarizationRecipe
 from apps.summarization.rouge import Scorer
-from apps.summarization.tokens import load_tokens, train_tokens
+from apps.summarization.tokens import Tokens, load_tokens, train_tokens
 from core.training.data import Data, EpochOrder, padding_share
 from core.training.errors import UserError
 from core.training.files import find_file
@@ -31,6 +31,8 @@ def build_data(recipe: SummarizationRecipe) -> Data:
     Raises:
         UserError: one line for any mistake in the files, or for options that do not fit them.
     """
+    if recipe.model.pretrained is not None:
+        find_file(recipe.model.pretrained, app="summarization", key="model.pretrained")
     reports: dict[str, Report] = defaultdict(Report)
     parts = read_examples(recipe.data, reports)
     check_parts(parts, recipe)
@@ -198,7 +200,13 @@ def _extractor_spec(recipe: SummarizationRecipe, examples: Sequence[Example]) ->
 
 def _writer_spec(recipe: SummarizationRecipe, examples: Sequence[Example]) -> dict[str, Any]:
     model = recipe.model
-    if model.tokenizer_file is not None:
+    known: dict[str, Any] = {}
+    if model.checkpoint is not None:
+        from apps.summarization.stock import checkpoint_spec  # needs the extra hf
+
+        known = checkpoint_spec(recipe)
+        tokens = Tokens(**known["tokenizer"])
+    elif model.tokenizer_file is not None:
         tokens = load_tokens(model.tokenizer_file)
     else:
         texts = (
@@ -218,6 +226,7 @@ def _writer_spec(recipe: SummarizationRecipe, examples: Sequence[Example]) -> di
         "source_words": model.source_words if model.kind == "extract_abstract" else None,
         "max_tokens": recipe.data.max_tokens,
         "overflow": recipe.data.overflow,
+        **known,
     }
 
 

@@ -157,7 +157,10 @@ class AbstractiveItems(Dataset):
         query = self.tokens.encode(example.query) if example.query else []
         chosen = self.chosen(example)
         numbers = range(len(example.source.sentences)) if chosen is None else chosen
-        sentences = self.tokens.encode_all([example.source.sentences[i] for i in numbers])
+        # Byte-level tokens know a word's beginning by the space before it; between sentences it would be lost.
+        space = " " if self.tokens.kind in ("bpe", "bytes", "file", "checkpoint") else ""
+        texts = [(space if i else "") + example.source.sentences[i] for i in numbers]
+        sentences = self.tokens.encode_all(texts)
         item: dict[str, Any] = {"example": example, "part": self.part, "chosen": chosen}
         if self.spec["reader"] == "sentences":
             most = self.spec["sentence_tokens"]

@@ -13,7 +13,7 @@ from core.layout import expand_layout
 
 
 def build_model(recipe: SummarizationRecipe, spec: dict[str, Any]) -> nn.Module:
-    """An `Extractor` or a `Writer` for the data that `spec` describes.
+    """An `Extractor`, a `Writer` or a `StockWriter` for the data that `spec` describes.
 
     Raises:
         ValueError: a combination that cannot be built.
@@ -32,6 +32,10 @@ def build_model(recipe: SummarizationRecipe, spec: dict[str, Any]) -> nn.Module:
             sentence_depth=model.sentence_depth,
             query=spec["queries"] and model.query != "features",
         )
+    if model.checkpoint is not None:
+        from apps.summarization.stock import build_stock  # needs the extra hf
+
+        return build_stock(recipe, spec)
     if model.global_tokens != "none" and not takes_global(recipe):
         raise ValueError(
             f"model.global_tokens={model.global_tokens} needs attention that takes global tokens (longformer), "

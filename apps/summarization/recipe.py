@@ -169,6 +169,11 @@ class ModelSection(Section):
     """Longest summary in tokens, for training and for the table of positions; what is cut is counted."""
     source_words: int = Field(600, ge=10)
     """extract_abstract: words that the extractor hands on."""
+    checkpoint: str | None = None
+    """abstractive: folder of a BART, LED or T5 checkpoint of transformers (config.json, weights, tokenizer.json), whose
+    encoder gets this recipe's attention; backbone and decoder are then its own. Needs the extra hf."""
+    drop_bias: bool = False
+    """checkpoint of T5 with attention that takes no position bias: go on without it."""
     pretrained: str | None = None
     """Folder or weights of another run of the same model, to start from."""
 
@@ -176,6 +181,13 @@ class ModelSection(Section):
     def _options_meet_their_use(self) -> Self:
         if self.pointer and self.reader != "tokens":
             raise ValueError(f"pointer copies single tokens and needs reader=tokens, got reader={self.reader}")
+        if self.checkpoint is not None:
+            if self.kind == "extractive":
+                raise ValueError("checkpoint belongs to kind=abstractive or extract_abstract")
+            given = {"reader": "tokens", "pointer": False, "tokenizer_file": None, "global_tokens": "none"}
+            for name, plain in given.items():
+                if getattr(self, name) != plain:
+                    raise ValueError(f"checkpoint brings its own: leave {name} out, got {getattr(self, name)!r}")
         if self.tokenizer_file is not None and self.tokenizer == "bytes":
             raise ValueError("tokenizer_file and tokenizer=bytes exclude each other")
         if self.global_tokens == "query" and self.reader != "tokens":

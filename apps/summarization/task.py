@@ -1,5 +1,6 @@
 """What training, validation and test do with a batch of documents."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,10 @@ from apps.summarization.results import write_results
 from apps.summarization.rouge import Scorer, best_of, bootstrap, means
 from apps.summarization.selection import lengths_of, select
 from apps.summarization.tokens import Tokens
+from core.training.pretrained import load_pretrained
 from core.training.task import Task
 
+log = logging.getLogger(__name__)
 COMPARED = ("lead", "lexrank")
 """Floors whose difference to the model is taken document by document."""
 
@@ -60,6 +63,9 @@ class SummaryTask(Task):
     def __init__(self, recipe: SummarizationRecipe, spec: dict[str, Any]):
         super().__init__(recipe, spec)
         self.model = build_model(recipe, spec)
+        if recipe.model.pretrained is not None and Path(recipe.model.pretrained).expanduser().exists():
+            # A finished run is loaded again where its source may be gone: its checkpoint has all weights.
+            log.info("%s: %s", recipe.model.pretrained, load_pretrained(self.model, recipe.model.pretrained))
         self.tokens = Tokens(**spec["tokenizer"]) if "tokenizer" in spec else None
         self.budget = budget_of(recipe, spec)
         self.scorer = Scorer()
@@ -70,8 +76,8 @@ class SummaryTask(Task):
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Extractive: squared error of standardised worth, or cross-entropy of labels; else of the next token."""
-        if isinstance(self.model, Writer):
-            return self.model.loss(batch["document"], batch["summary"]), {}
+        if not isinstance(self.model, Extractor):
+            return self.writer.loss(batch["document"], batch["summary"]), {}
         scores, labels, mask = self.score(batch), batch["labels"], batch["words"].mask
         if self.recipe.model.labels == "soft":
             counts = mask.sum(dim=1, keepdim=True)
@@ -110,21 +116,23 @@ class SummaryTask(Task):
         return Outcome(example, text_of(example.source, chosen), chosen, scores)
 
     def _write(self, batch: dict[str, Any], examples: list[Example]) -> list[Outcome]:
-        assert isinstance(self.model, Writer) and self.tokens is not None
-        cached = all("recurrent" in block.attention.variant.can for block in self.model.decoder)
-        written = write(
-            self.model,
-            batch["document"],
-            self.recipe.predict,
-            self.spec["max_summary"],
-            cached=cached,
-            speed=self.speed,
-        )
+        assert self.tokens is not None
+        how = batch["document"], self.recipe.predict, self.spec["max_summary"]
+        if isinstance(self.model, Writer):
+            cached = all("recurrent" in block.attention.variant.can for block in self.model.decoder)
+            written = write(self.model, *how, cached=cached, speed=self.speed)
+        else:
+            written = self.writer.write(*how, self.speed)
         chosen = batch["chosen"]
         return [
             Outcome(example, self.tokens.decode(one.tokens), rows, None, one.ended)
             for example, one, rows in zip(examples, written, chosen)
         ]
+
+    @property
+    def writer(self) -> Any:
+        """The model of a task that writes: a `Writer`, or a converted checkpoint that does the same."""
+        return self.model
 
     def eval_update(self, batch: dict[str, Any]) -> None:
         """Summarise and score a batch."""
@@ -179,10 +187,9 @@ class SummaryTask(Task):
     def cost(self) -> dict[str, Any]:
         """Of one document of middle length."""
         spec = self.spec
-        if isinstance(self.model, Writer):
-            return self.model.cost(spec["tokens"], spec["positions"], spec["summary_tokens"])
-        assert isinstance(self.model, Extractor)
-        return self.model.cost(spec["sentences"], spec["words"])
+        if isinstance(self.model, Extractor):
+            return self.model.cost(spec["sentences"], spec["words"])
+        return self.writer.cost(spec["tokens"], spec["positions"], spec["summary_tokens"])
 
     def artifacts(self, run_dir: Path) -> list[Path]:
         """predictions.jsonl, scores.csv, scores by length and by place in the source, the tokenizer, plots."""

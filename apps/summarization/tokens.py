@@ -32,7 +32,7 @@ class Tokens:
             self.inner.no_padding()
             self.inner.no_truncation()
         # A tokenizer.json of somebody else has its own specials, or none: ours stand in front, its numbers move up.
-        own = self.inner is not None and [self.inner.token_to_id(token) for token in SPECIAL] == list(range(5))
+        own = kind != "checkpoint" and self.inner is not None and [self.inner.token_to_id(token) for token in SPECIAL] == list(range(5))
         self.offset = 0 if own else len(SPECIAL)
         self.size = 256 + self.offset if self.inner is None else self.inner.get_vocab_size() + self.offset
 
