@@ -6,6 +6,7 @@ transformers, with its caches.
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,8 +123,6 @@ def checkpoint_spec(recipe: SummarizationRecipe) -> dict[str, Any]:
 def build_stock(recipe: SummarizationRecipe, spec: dict[str, Any]) -> StockWriter:
     """The converted model: with the folder's weights where it is there, else bare, to take those of a run."""
     transformers = need_transformers()
-    from pathlib import Path
-
     folder = recipe.model.checkpoint
     if folder is not None and (Path(folder).expanduser() / "config.json").is_file():
         model = load_stock(folder)[0]
@@ -138,4 +137,5 @@ def build_stock(recipe: SummarizationRecipe, spec: dict[str, Any]) -> StockWrite
         length=recipe.data.max_tokens and recipe.data.max_tokens + 2,
         drop_bias=recipe.model.drop_bias,
     )
-    return StockWriter(converted, recipe.model.label_smoothing)
+    # `from_pretrained` leaves a model in evaluation mode; here it is about to learn.
+    return StockWriter(converted, recipe.model.label_smoothing).train()

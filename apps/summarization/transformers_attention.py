@@ -127,6 +127,8 @@ def attention(
     width = query.shape[-1]
     scale = width**-0.5 if scaling is None else scaling
     if variant is None or variant.name == "softmax":
+        if causal and dropout and query.shape[2] > 1 and not (mask is None and position_bias is None):
+            position_bias, causal = _with_causality(query, key, position_bias), False
         out = softmax_attention(
             query, key, value, causal=causal, key_mask=mask, bias=position_bias, scale=scale, dropout=dropout
         )
@@ -165,6 +167,14 @@ def padding_mask(
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     return None if bool(mask.all()) else mask
+
+
+def _with_causality(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """A bias that also hides the future, [..., L, M]: dropout on weights is served with a bias, not with both."""
+    lengths = query.shape[2], key.shape[2]
+    future = torch.ones(lengths, dtype=torch.bool, device=query.device).triu(key.shape[2] - query.shape[2] + 1)
+    hidden = torch.zeros(lengths, dtype=query.dtype, device=query.device).masked_fill(future, -torch.inf)
+    return hidden if bias is None else bias + hidden
 
 
 def _plain(out: Any) -> Tensor:
