@@ -14,15 +14,15 @@ Policy = Literal["error", "skip"]
 class GeneratedSection(Section):
     """The generated documents of the demo: their best possible summary is known, see `generated.py`."""
 
-    documents: int = Field(1200, ge=3)
+    documents: int = Field(2000, ge=3)
     """Documents for training."""
-    held_out: int = Field(64, ge=4)
+    held_out: int = Field(32, ge=4)
     """Documents for validation, and as many for the test."""
     words: int = Field(16000, ge=64)
     """Words of the longest document of validation and test."""
     shortest: int = Field(8000, ge=64)
     """Words of the shortest one; lengths are spread evenly between the two."""
-    train_words: int = Field(2000, ge=64)
+    train_words: int = Field(300, ge=64)
     """Words of the longest training document: what is learned on short ones is asked of long ones."""
     train_shortest: int = Field(64, ge=64)
     """Words of the shortest; between the two the logarithm of the length is spread evenly."""
