@@ -1,4 +1,4 @@
-"""What the length of a document costs a summariser on a CPU (Linux): the encoder from 4k to 64k positions, one long document.
+"""What the length of a document costs a summariser on a CPU (Linux): encoder from 4k to 64k, a long document.
 
     python -m benchmarks.summarization_length                     # all, about 10 minutes on one core
     python -m benchmarks.summarization_length --only encoder      # or document
@@ -96,7 +96,13 @@ def document_rows() -> list[dict]:
     text = story(WORDS)
     spec = {"vocabulary": [f"word{i}" for i in range(4000)], "features": 32, "queries": False}
     for name in ("linear", "hybrid"):
-        given = {"dim": DIM, "depth": DEPTH, "heads": HEADS, "dropout": 0.0, "attention": {"variant": name, **VARIANTS[name]}}
+        given = {
+            "dim": DIM,
+            "depth": DEPTH,
+            "heads": HEADS,
+            "dropout": 0.0,
+            "attention": {"variant": name, **VARIANTS[name]},
+        }
         torch.manual_seed(0)
         model = Extractor(given, features=32, vocabulary=4002, word_dim=32).eval()
         started = time.perf_counter()

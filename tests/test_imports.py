@@ -29,7 +29,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "apps.timeseries": (APP_OURS, APP_OTHERS | {"pandas", "pyarrow"}),
     "apps.genomics": (APP_OURS, APP_OTHERS | {"Bio", "pyarrow", "pyfaidx", "sklearn", "tokenizers"}),
     "apps.vision": (APP_OURS, APP_OTHERS | {"PIL", "sklearn", "timm", "torchvision"}),
-    "apps.summarization": (APP_OURS | {"core.attention"}, APP_OTHERS | {"nltk", "sklearn", "tokenizers", "transformers"}),
+    "apps.summarization": (
+        APP_OURS | {"core.attention"},
+        APP_OTHERS | {"nltk", "sklearn", "tokenizers", "transformers"},
+    ),
 }
 
 HEAVY = ("torch", "pytorch_lightning", "torchmetrics", "numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2")

@@ -3,8 +3,8 @@
     tokens [B, M] -> reader -> encoder [B, P, D] -> cross-attention of every decoder block -> next token [B, T, V]
 
 A position of the encoder is a token, a patch of tokens, or a sentence (`reader`). Cross-attention is any variant that
-can cross: softmax reads all P positions, hepos P / s per head, linear a state of constant size. With a recurrent decoder
-every step of decoding costs the same; with linear cross-attention it does not depend on the document's length either.
+can cross: softmax reads all P positions, hepos P / s per head, linear a state of constant size. With a linear decoder
+every step of decoding costs the same; with linear cross-attention the document's length does not matter either.
 
 Shapes: B documents, M source tokens, P positions, T summary tokens, D width, V vocabulary.
 
@@ -142,9 +142,7 @@ class Writer(nn.Module):
         weights = scores.masked_fill((ids == PAD).unsqueeze(1), -torch.inf).softmax(dim=-1)
         copied = torch.zeros_like(written).scatter_add(2, ids.unsqueeze(1).expand_as(weights), weights)
         gate = self.point["gate"](states).float()
-        return torch.logaddexp(
-            written + F.logsigmoid(gate), copied.clamp(min=1e-12).log() + F.logsigmoid(-gate)
-        )
+        return torch.logaddexp(written + F.logsigmoid(gate), copied.clamp(min=1e-12).log() + F.logsigmoid(-gate))
 
     def loss(self, document: Document, summary: Tensor) -> Tensor:
         """Mean negative log-likelihood of the tokens of `summary` [B, T] after the first, smoothed."""

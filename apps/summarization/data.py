@@ -9,7 +9,13 @@ import numpy as np
 from apps.summarization.documents import Example, shorten
 from apps.summarization.features import NAMES, QUERY_NAMES
 from apps.summarization.generated import generate
-from apps.summarization.items import AbstractiveItems, ExtractiveItems, collate_abstractive, collate_extractive, words_of
+from apps.summarization.items import (
+    AbstractiveItems,
+    ExtractiveItems,
+    collate_abstractive,
+    collate_extractive,
+    words_of,
+)
 from apps.summarization.reading import Report, read_part, read_set
 from apps.summarization.recipe import DataSection, SummarizationRecipe
 from apps.summarization.rouge import Scorer

@@ -1,4 +1,4 @@
-"""From an encoded document to a summary: greedy, beam search, sampling; with a cache, or again from the start each time.
+"""From an encoded document to a summary: greedy, beam search, sampling; with a cache, or anew for every token.
 
 The score of a hypothesis is sum of log-probabilities / length**penalty, as in transformers: a larger penalty favours
 longer summaries, 0 does not normalise. Both ways of decoding give the same tokens; the cached one costs a step of the
@@ -203,7 +203,9 @@ def _beams(stepper: Stepper, batch: int, options: PredictSection, most: int) -> 
     for b in range(batch):
         if not finished[b]:  # none came to an end: the best of those that were cut
             row = tokens[b * width, 1:].tolist()
-            finished[b].append(Written([t for t in row if t != PAD], float(total[b, 0]) / max(1, len(row)) ** penalty, False))
+            finished[b].append(
+                Written([t for t in row if t != PAD], float(total[b, 0]) / max(1, len(row)) ** penalty, False)
+            )
         found.append(max(finished[b], key=lambda one: one.score))
     return found, length
 
@@ -216,4 +218,3 @@ def _settled(finished: list[Written], best: float, length: int, most: int, optio
         return True
     reach = most if options.length_penalty > 0 else length  # a longer one divides its negative sum by more
     return best / reach**options.length_penalty <= sorted(one.score for one in finished)[-options.beams]
-

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from apps.summarization.sentences import split_sentences
 
@@ -69,8 +70,8 @@ def shorten(source: Source, most: int, overflow: str) -> tuple[Source, int]:
         tail -= 1
         kept += sizes[tail]
     rows = [*range(max(head, 1)), *range(max(tail, head, 1), len(sizes))]
-    picked = ([column[i] for i in rows] for column in (source.sentences, source.spans, source.sections, source.numbers))
-    sentences, spans, sections, numbers = picked
+    columns: Any = (source.sentences, source.spans, source.sections, source.numbers)
+    sentences, spans, sections, numbers = ([column[i] for i in rows] for column in columns)
     short = Source(source.id, sentences, spans, source.text, sections, source.titles, numbers)
     return short, total - sum(sizes[i] for i in rows)
 

@@ -6,7 +6,7 @@ Shapes: B documents, N sentences, T words, F features, Q words of the question, 
 its sentences, never cut into pieces: 100,000 words are some 5,000 positions.
 
 Sources:
-    sentence encoder and document encoder: Cheng and Lapata 2016, arXiv:1603.07252; Liu and Lapata 2019, arXiv:1908.08345
+    sentence and document encoder: Cheng and Lapata 2016, arXiv:1603.07252; Liu and Lapata 2019, arXiv:1908.08345
 Where we differ:
     Words are a learned weighted mean unless `sentence_depth` asks for attention, and features stand beside them, since
     data sets of long documents are small.
@@ -72,10 +72,8 @@ class Extractor(nn.Module):
         if self.sentences is not None:
             parts.append(spread(self.drop(self.sentences(words)), words.mask))
         x, mask = self.enter(torch.cat(parts, dim=-1)), words.mask
-        if self.query is None or query is None:
-            x = self.encoder(x, key_mask=mask)
-        else:
-            x = self._asked(x, mask, query)
+        asked = None if self.query is None else query
+        x = self.encoder(x, key_mask=mask) if asked is None else self._asked(x, mask, asked)
         return self.head(x).squeeze(-1).masked_fill(~mask, -torch.inf)
 
     def _asked(self, x: Tensor, mask: Tensor, query: Tensor) -> Tensor:

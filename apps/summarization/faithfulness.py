@@ -79,11 +79,11 @@ def repetition(words: Sequence[str]) -> float:
 
 def names_of(text: str) -> list[str]:
     """Words with a capital that do not open a sentence, and that are not "I"."""
-    found = []
-    for match in re.finditer(r"\b[A-Z]\w+", text):
-        if not _SENTENCE_START.search(text[max(0, match.start() - 6) : match.start()]):
-            found.append(match.group())
-    return found
+    return [
+        match.group()
+        for match in re.finditer(r"\b[A-Z]\w+", text)
+        if not _SENTENCE_START.search(text[max(0, match.start() - 6) : match.start()])
+    ]
 
 
 def numbers_of(text: str) -> list[str]:

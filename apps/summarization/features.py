@@ -51,7 +51,7 @@ def sentence_features(source: Source) -> np.ndarray:
         np.log1p(lengths) - 2.5,
         lengths < 5,
         [s[0] in _QUOTES for s in sentences],
-        [any(q in s for q in "\"“”") for s in sentences],
+        [any(q in s for q in '"“”') for s in sentences],
         [s.rstrip("\"'”’)").endswith("?") for s in sentences],
         [s.rstrip("\"'”’)").endswith("!") for s in sentences],
         [sum(w[0].isupper() for w in ws[1:]) / max(len(ws), 1) for ws in words],
@@ -71,7 +71,7 @@ def query_features(sentences: Sequence[str], query: str | None) -> np.ndarray:
     size = len(sentences)
     if not query:
         return np.zeros((size, len(QUERY_NAMES)), np.float32)
-    counts, columns = word_counts([*sentences, query])
+    counts, _ = word_counts([*sentences, query])
     rows = tfidf(counts)
     cosine = np.asarray((rows[:size] @ rows[size].T).todense()).ravel()
     asked = (counts[size] > 0).toarray().ravel()

@@ -5,7 +5,8 @@ Sources:
     Mihalcea and Tarau 2004 (TextRank), https://aclanthology.org/W04-3252
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, diags
@@ -18,7 +19,7 @@ TOLERANCE = 1e-6
 _WORDS = Scorer(stemming=True, tokens="words")
 
 
-def word_counts(sentences: Sequence[str]) -> tuple[csr_matrix, dict[str, int]]:
+def word_counts(sentences: Sequence[str]) -> tuple[Any, dict[str, int]]:
     """Counts of stems, [N, V] sparse, and the column of each stem."""
     columns: dict[str, int] = {}
     rows, places = [], []
@@ -27,21 +28,21 @@ def word_counts(sentences: Sequence[str]) -> tuple[csr_matrix, dict[str, int]]:
             rows.append(i)
             places.append(columns.setdefault(word, len(columns)))
     shape = (len(sentences), max(1, len(columns)))
-    counts = csr_matrix((np.ones(len(rows), np.float32), (rows, places)), shape=shape)
+    counts: Any = csr_matrix((np.ones(len(rows), np.float32), (rows, places)), shape=shape)
     counts.sum_duplicates()
     return counts, columns
 
 
-def tfidf(counts: csr_matrix) -> csr_matrix:
+def tfidf(counts: Any) -> Any:
     """Rows of counts times log(1 + N / df), of length 1; empty rows stay 0."""
     df = np.asarray((counts > 0).sum(axis=0)).ravel()
-    weighted = (counts @ diags(np.log1p(counts.shape[0] / np.maximum(df, 1)))).tocsr()
+    weighted: Any = (counts @ diags(np.log1p(counts.shape[0] / np.maximum(df, 1)))).tocsr()
     norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
-    return (diags(1 / np.where(norms > 0, norms, 1)) @ weighted).tocsr()
+    return (diags(1 / np.where(norms > 0, norms, 1)) @ weighted).tocsr()  # type: ignore
 
 
 def likeness(sentences: Sequence[str]) -> np.ndarray:
-    """Cosine of TF-IDF rows, [N, N] dense: 4 N^2 bytes, so for the chosen or for documents of some thousand sentences."""
+    """Cosine of TF-IDF rows, [N, N] dense: 4 N^2 bytes, for some thousand sentences at most."""
     rows = tfidf(word_counts(sentences)[0])
     return np.asarray((rows @ rows.T).todense(), dtype=np.float32)
 
@@ -59,7 +60,7 @@ def lexrank(sentences: Sequence[str]) -> np.ndarray:
 
 
 def textrank(sentences: Sequence[str]) -> np.ndarray:
-    """The same walk with likeness (shared words) / (log |a| + log |b|), words of half of all sentences left out, [N]."""
+    """The same walk with likeness (shared words) / (log |a| + log |b|), words of half of all sentences left out."""
     counts, _ = word_counts(sentences)
     seen = (counts > 0).astype(np.float32).tocsr()
     df = np.asarray(seen.sum(axis=0)).ravel()
@@ -69,11 +70,11 @@ def textrank(sentences: Sequence[str]) -> np.ndarray:
     graph = (kept @ kept.T).tocoo()
     total = logs[graph.row] + logs[graph.col]
     off = (graph.row != graph.col) & (total > 0)
-    weights = csr_matrix((graph.data[off] / total[off], (graph.row[off], graph.col[off])), shape=graph.shape)
+    weights: Any = csr_matrix((graph.data[off] / total[off], (graph.row[off], graph.col[off])), shape=graph.shape)
     return _walk(lambda x: weights @ x, len(sentences))
 
 
-def _walk(spread, size: int) -> np.ndarray:
+def _walk(spread: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
     """Power iteration of p = (1 - d) / N + d W^T (p / degree) for a symmetric W; isolated sentences jump anywhere."""
     degree = spread(np.ones(size))
     linked = degree > 1e-9

@@ -2,8 +2,8 @@
 
     a_n = | sum over the entries of sentence n of  x . dy/dx |
 
-with y the scores of the chosen sentences (extractive) or the log-probability of the written summary (abstractive), and x
-what enters the encoder. It needs gradients alone, so it is there for any attention, also where no weights exist.
+with y the scores of the chosen sentences (extractive) or the log-probability of the written summary (abstractive), and
+x what enters the encoder. It needs gradients alone, so it is there for any attention, also where no weights exist.
 
 Source:
     gradient times input: Shrikumar et al. 2016, arXiv:1605.01713
@@ -24,6 +24,7 @@ from apps.summarization.page import write_page
 from apps.summarization.predict import summarise_file
 from apps.summarization.task import Outcome, SummaryTask
 from apps.summarization.tokens import BEGIN, END
+from core.training.errors import UserError
 from core.training.run import LoadedRun
 
 MOST = 20
@@ -60,7 +61,8 @@ def attribution(task: SummaryTask, outcome: Outcome) -> np.ndarray:
         batch = collate_extractive([item])
         weights = _gradient(task.model.enter, lambda: task.score(batch)[0, outcome.sentences or []].sum())
         return weights[0].numpy()[: len(found)]
-    assert isinstance(task.model, Writer) and task.tokens is not None
+    if not isinstance(task.model, Writer) or task.tokens is None:
+        raise UserError("a converted checkpoint has nothing to inspect yet; predict gives its summaries")
     model = task.model
     item = AbstractiveItems([example], task.spec, "inspect")[0]
     batch = collate_abstractive([item])

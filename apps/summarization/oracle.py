@@ -12,7 +12,7 @@ import numpy as np
 from apps.summarization.rouge import Prepared, Scorer
 
 MOST_SENTENCES = 12
-"""Of the oracle, as in APPS.md."""
+"""Of the oracle."""
 
 
 class Hits:
@@ -44,7 +44,7 @@ def greedy_oracle(sentences: Sequence[Prepared], reference: Prepared, most: int 
     chosen: list[int] = []
     best = 0.0
     for _ in range(most):
-        value = sum(hits.f_with_each(have[k], size[k]) for k, hits in enumerate(both))
+        value = np.sum([hits.f_with_each(have[k], size[k]) for k, hits in enumerate(both)], axis=0)
         value[chosen] = -1.0
         i = int(np.argmax(value))
         if value[i] <= best + 1e-9:

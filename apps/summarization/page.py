@@ -1,4 +1,4 @@
-"""A self-contained HTML page: the document with the sentences that the summary rests on, and what the model looked at."""
+"""A self-contained HTML page: the document, the sentences that the summary rests on, and what the model looked at."""
 
 import html
 from collections.abc import Sequence
@@ -55,7 +55,9 @@ def write_page(
         notes: for each document what the heat is.
     """
     if heats is None:
-        heats = [_scaled(o.weights) if o.weights is not None else np.zeros(len(o.example.source.sentences)) for o in outcomes]
+        heats = [
+            _scaled(o.weights) if o.weights is not None else np.zeros(len(o.example.source.sentences)) for o in outcomes
+        ]
     if notes is None:
         notes = ["Depth of blue: the model's score of a sentence." if o.weights is not None else "" for o in outcomes]
     parts = [_document(i, *each) for i, each in enumerate(zip(outcomes, heats, notes))]
@@ -74,7 +76,7 @@ def _document(number: int, outcome: "Outcome", heat: np.ndarray, note: str) -> s
     heat = np.clip(heat, 0, 1)
     text = " ".join(
         f'<{"mark" if i in chosen else "span"} id="d{number}s{i}" title="sentence {source.numbers[i]}"'
-        f'{f" style=--a:{0.55 * heat[i]:.2f}" if heat[i] > 0.02 and i not in chosen else ""}>{html.escape(sentence)}'
+        f"{f' style=--a:{0.55 * heat[i]:.2f}' if heat[i] > 0.02 and i not in chosen else ''}>{html.escape(sentence)}"
         f"</{'mark' if i in chosen else 'span'}>"
         for i, sentence in enumerate(source.sentences)
     )
@@ -101,7 +103,9 @@ def _strip(heat: np.ndarray, chosen: set[int]) -> str:
     for places in np.array_split(np.arange(len(heat)), min(STRIP, len(heat))):
         style = ' class="chosen"' if chosen & set(places.tolist()) else f" style=--a:{0.8 * heat[places].max():.2f}"
         cells.append(f"<i{style}></i>")
-    return f'<div class="strip" role="img" aria-label="the document from its beginning to its end">{"".join(cells)}</div>'
+    return (
+        f'<div class="strip" role="img" aria-label="the document from its beginning to its end">{"".join(cells)}</div>'
+    )
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:

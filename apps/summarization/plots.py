@@ -33,8 +33,20 @@ def draw_places(path: Path, rows: Sequence[dict[str, float]]) -> Path:
         figure = Figure(figsize=(7, 3.6), layout="constrained")
         axes = figure.add_subplot()
         at = np.arange(len(rows))
-        axes.bar(at - 0.2, [100 * row["wanted"] for row in rows], 0.38, color=COLOURS[5], label="wanted: share of\nwhat references hold")
-        axes.bar(at + 0.2, [100 * row["recalled"] for row in rows], 0.38, color=COLOURS[0], label="recalled: share of\nit in the summaries")
+        axes.bar(
+            at - 0.2,
+            [100 * row["wanted"] for row in rows],
+            0.38,
+            color=COLOURS[5],
+            label="wanted: share of\nwhat references hold",
+        )
+        axes.bar(
+            at + 0.2,
+            [100 * row["recalled"] for row in rows],
+            0.38,
+            color=COLOURS[0],
+            label="recalled: share of\nit in the summaries",
+        )
         axes.set_xticks(at, [str(int(row["tenth"])) for row in rows])
         axes.grid(visible=False, axis="x")
         axes.set(xlabel="tenth of the document", ylabel="% of bigrams")

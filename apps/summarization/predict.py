@@ -40,7 +40,7 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     if output.suffix.lower() not in WRITES:
         known = ", ".join(f"{suffix} ({what})" for suffix, what in WRITES.items())
         raise UserError(f"{output.name}: predictions are written as {known}")
-    outcomes, report = summarise_file(run, input)
+    outcomes, _ = summarise_file(run, input)
     if output.suffix.lower() == ".html":
         return [write_page(output, outcomes)]
     if output.suffix.lower() == ".txt":
@@ -77,4 +77,3 @@ def summarise(task: SummaryTask, examples: list[Example], options: DataSection) 
         collate = collate_extractive
     with torch.no_grad():
         return [task.summarise(collate([items[i]]))[0] for i in range(len(items))]
-

@@ -1,4 +1,4 @@
-"""Files in, examples out: rows, folders of texts, SQuALITY and ScisummNet, with everything counted that was left out."""
+"""Files in, examples out: rows, folders of texts, SQuALITY and ScisummNet; all that is left out is counted."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ from apps.summarization.recipe import DataSection
 from apps.summarization.scisummnet import read_scisummnet
 from apps.summarization.squality import read_squality
 from core.training.errors import UserError
-from core.training.rows import Row, read_rows
+from core.training.rows import read_rows
 
 MOST_NAMED = 5
 """Rows that are named in the summary for each reason; the rest is only counted."""
@@ -97,9 +97,8 @@ def _records(
         return
     wanted = [names.document] + ([names.summary] if references else [])
     on_bad = None if options.on_bad == "error" else lambda text: report.skip("row that cannot be read", text)
-    row: Row
-    for row in read_rows(path, columns=wanted, on_bad=on_bad):
-        yield row.where, row.values
+    for found in read_rows(path, columns=wanted, on_bad=on_bad):
+        yield found.where, found.values
 
 
 def _text(file: Path) -> str:
@@ -119,7 +118,9 @@ def _example(
     raw = row.get(names.document)
     name = str(row[names.id]) if row.get(names.id) not in (None, "") else where
     if not isinstance(raw, str) and not (isinstance(raw, list) and all(isinstance(s, str) for s in raw)):
-        report.skip(f"{names.document} must be text or a list of texts, got {type(raw).__name__}", where, options.on_bad)
+        report.skip(
+            f"{names.document} must be text or a list of texts, got {type(raw).__name__}", where, options.on_bad
+        )
         return None
     summaries = row.get(names.summary)
     summaries = [summaries] if isinstance(summaries, str) else summaries or []

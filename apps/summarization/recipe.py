@@ -81,7 +81,7 @@ class DataSection(Section):
     questions: Literal["all", "plot", "focused"] = "all"
     """squality: the question about the plot, the four others, or all five."""
     leak: Literal["clean", "abstract", "none"] = "clean"
-    """scisummnet, whose summaries begin with the abstract: take out title and abstract, the abstract alone, or nothing."""
+    """scisummnet, whose summaries begin with the abstract: take out title and abstract, abstract alone, or nothing."""
     min_words: int = Field(0, ge=0)
     """Documents of fewer words are dropped and counted."""
     val_share: float = Field(0.1, gt=0, lt=1)
@@ -138,7 +138,7 @@ class ModelSection(Section):
     query: Literal["global", "features", "both"] = "both"
     """extractive: how a question enters: tokens in front that are global where attention can, or features alone."""
     labels: Literal["oracle", "soft", "gold"] = "soft"
-    """extractive, what a sentence is trained towards: chosen by the greedy oracle, its own ROUGE, or marked in the file."""
+    """extractive, the target of a sentence: chosen by the greedy oracle, its own ROUGE, or marked in the file."""
     tokenizer: Literal["bpe", "unigram", "words", "bytes"] = "bpe"
     """abstractive: trained on the training documents and kept in the checkpoint; bytes need no training."""
     tokenizer_file: str | None = None
@@ -191,7 +191,9 @@ class ModelSection(Section):
         if self.tokenizer_file is not None and self.tokenizer == "bytes":
             raise ValueError("tokenizer_file and tokenizer=bytes exclude each other")
         if self.global_tokens == "query" and self.reader != "tokens":
-            raise ValueError(f"global_tokens=query marks tokens of the question and needs reader=tokens, got {self.reader}")
+            raise ValueError(
+                f"global_tokens=query marks tokens of the question and needs reader=tokens, got {self.reader}"
+            )
         return self
 
 
@@ -203,7 +205,7 @@ class PredictSection(Section):
     sentences: int | None = Field(None, ge=1)
     """extractive: most sentences; null with words=null: 3."""
     redundancy: float = Field(0.0, ge=0, le=1)
-    """extractive: how much likeness to what is chosen already counts against a sentence (maximal marginal relevance)."""
+    """extractive: how much likeness to chosen sentences counts against a sentence (maximal marginal relevance)."""
     decoding: Literal["greedy", "beam", "sample"] = "greedy"
     """abstractive: the likeliest token each time, the best of several beams, or chance."""
     beams: int = Field(4, ge=2)
@@ -235,5 +237,5 @@ class SummarizationRecipe(Recipe):
     """Where the documents come from, how they are checked, and how they are cut."""
     model: ModelSection = Field(default_factory=ModelSection)  # type: ignore[assignment]
     """What stands around the backbone."""
-    predict: PredictSection = Field(default_factory=PredictSection)
+    predict: PredictSection = Field(default_factory=PredictSection)  # type: ignore
     """How a summary is made."""

@@ -34,7 +34,10 @@ def write_results(run_dir: Path, outcomes: "Sequence[Outcome]", scorer: str) -> 
         for outcome in outcomes:
             row = record(outcome) | {"references": list(outcome.example.references), "scorer": scorer}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    rows = [{"id": outcome.example.id, "source_words": outcome.example.source.words} | _shown(outcome) for outcome in outcomes]
+    rows = [
+        {"id": outcome.example.id, "source_words": outcome.example.source.words} | _shown(outcome)
+        for outcome in outcomes
+    ]
     for path, table in zip(files[1:], (rows, lengths, places)):
         write_table(path, table)
     return [*files, draw_lengths(plots / "by_length.png", lengths), draw_places(plots / "by_place.png", places)]

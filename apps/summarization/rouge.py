@@ -2,7 +2,7 @@
 
     rouge1, rouge2   clipped n-gram overlap: F of precision and recall
     rougeL           longest common subsequence of the two whole texts
-    rougeLsum        union over reference sentences of subsequences with all candidate sentences; depends on the splitter
+    rougeLsum        over reference sentences, union of subsequences with all candidate ones; depends on the splitter
 
 Lsum is not L: they differ by 10 to 20 points. Subsequences are found with whole rows as one integer (Hyyro 2004), so
 that 260 answers with four references each take seconds. The backtracking of Lsum takes the same path as the script of
@@ -174,7 +174,7 @@ def _matched(candidate: Sequence[str], reference: Sequence[str], places: dict[st
 
 
 def summary_level(prediction: Prepared, reference: Prepared) -> float:
-    """Lsum: for each reference sentence the union of its subsequences with all candidate sentences, clipped by count."""
+    """Lsum: of each reference sentence the union of its subsequences with all candidate sentences, clipped."""
     left, wanted = Counter(prediction.grams(1)), Counter(reference.grams(1))
     hits = 0
     for sentence in reference.sentences:
@@ -202,7 +202,9 @@ def means(rows: Sequence[dict[str, float]], *, intervals: bool = False) -> dict[
     return found
 
 
-def bootstrap(values: "np.ndarray | Sequence[float]", *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    values: "np.ndarray | Sequence[float]", *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Percentile interval of the mean of values [N] over documents: which documents happened to be there, no more."""
     values = np.asarray(values)
     chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))

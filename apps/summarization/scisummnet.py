@@ -1,7 +1,7 @@
 """ScisummNet in its own form: a paper per XML file, and human summaries (WING-NUS/scisumm-corpus).
 
-A human summary begins with the paper's title and abstract. Left in the document, Lead scores rouge1 70 by copying; so by
-default both are taken out, and papers whose abstract is not marked as such, and so stays in, are left out of all parts.
+A human summary begins with the paper's title and abstract. Left in the document, Lead scores rouge1 70 by copying; so
+by default both are taken out, and papers whose abstract is not marked, and would stay in, are left out of all parts.
 Every 8th paper by id is test, every 8th of the rest validation.
 """
 
@@ -54,7 +54,7 @@ def _file(folder: Path, name: str) -> Path:
 def read_paper(path: Path, leak: str) -> tuple[Source, bool]:
     """A paper in sentences and sections without what `leak` names, and whether its abstract is marked."""
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         paper = ET.fromstring(raw)
     except (ET.ParseError, OSError) as error:
         raise UserError(f"{path}: not a readable paper: {error}") from error
@@ -71,7 +71,9 @@ def read_paper(path: Path, leak: str) -> tuple[Source, bool]:
             sections += [len(titles)] * len(texts)
             titles.append(title)
             sentences += texts
-    return source_from_sentences(path.name.partition(".")[0], sentences, sections, titles), paper.find("ABSTRACT") is not None
+    return source_from_sentences(path.name.partition(".")[0], sentences, sections, titles), paper.find(
+        "ABSTRACT"
+    ) is not None
 
 
 def _words(element: ET.Element) -> str:

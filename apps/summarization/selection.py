@@ -1,8 +1,8 @@
 """Which sentences become the summary: best first, within a budget, without saying a thing twice.
 
-The rule is that of the floors in APPS.md, so that model and floors differ in their scores alone: sentences of fewer than
-three words do not count, a sentence that would pass 1.1 times the budget of words is skipped, selection stops at the
-budget, and the summary is in the order of the document.
+Model and floors have one rule, so that they differ in their scores alone: sentences of fewer than three words do not
+count, a sentence that would pass 1.1 times the budget of words is skipped, selection stops at the budget, and the
+summary is in the order of the document.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,7 @@ def lengths_of(sentences: Sequence[str]) -> np.ndarray:
     return np.array([len(sentence.split()) for sentence in sentences], dtype=np.int64)
 
 
-def select(
-    scores: np.ndarray, lengths: np.ndarray, budget: Budget, likeness: np.ndarray | None = None
-) -> list[int]:
+def select(scores: np.ndarray, lengths: np.ndarray, budget: Budget, likeness: np.ndarray | None = None) -> list[int]:
     r"""Numbers of the chosen sentences in the order of the document.
 
     With redundancy \(\lambda\) the next sentence is the one with the largest \((1-\lambda) s_i - \lambda \max_{j \in C}

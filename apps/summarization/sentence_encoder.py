@@ -23,8 +23,8 @@ class Words(NamedTuple):
 class SentenceEncoder(nn.Module):
     r"""Words of S sentences -> [S, D].
 
-    \( x_s = \sum_t a_t e_t / \sum_t a_t \) with a learned weight \(a_t = \exp(w_t)\) per word of the vocabulary; so that
-    the common words of a sentence do not drown the others. With layers the vectors e_t have seen their sentence.
+    \( x_s = \sum_t a_t e_t / \sum_t a_t \) with a learned weight \(a_t = \exp(w_t)\) per word of the vocabulary, so
+    that the common words of a sentence do not drown the others. With layers the vectors e_t have seen their sentence.
 
     Args:
         vocabulary: number of words.   dim: D.   depth: softmax attention layers inside a sentence, 0: none.
@@ -43,9 +43,7 @@ class SentenceEncoder(nn.Module):
         nn.init.zeros_(self.weight.weight)
         heads = next(h for h in (4, 2, 1) if dim % h == 0)
         softmax = {"variant": "softmax"}
-        self.layers = (
-            Encoder(dim, depth, heads, softmax, positions="sinusoidal", dropout=dropout) if depth else None
-        )
+        self.layers = Encoder(dim, depth, heads, softmax, positions="sinusoidal", dropout=dropout) if depth else None
 
     def forward(self, words: Words) -> Tensor:
         """[S, D]; a sentence without words gives 0."""
@@ -54,7 +52,9 @@ class SentenceEncoder(nn.Module):
             vectors = self._attend(vectors, words)
         weights = self.weight(words.ids).clamp(-8, 8).exp()
         size = int(words.mask.sum())
-        total = vectors.new_zeros(size, vectors.shape[1]).index_add(0, words.rows, (weights * vectors).to(vectors.dtype))
+        total = vectors.new_zeros(size, vectors.shape[1]).index_add(
+            0, words.rows, (weights * vectors).to(vectors.dtype)
+        )
         mass = weights.new_zeros(size, 1).index_add(0, words.rows, weights)
         return total / mass.clamp(min=1e-6)
 

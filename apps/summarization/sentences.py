@@ -9,9 +9,28 @@ import re
 from typing import NamedTuple
 
 ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof rev hon gen col capt lt sgt cmdr gov sen rep st jr sr messrs mme mlle "
-    "fig figs eq eqs sec ch vol no nos pp p ed eds al cf vs etc approx dept est inc ltd co corp "
-    "e.g i.e viz resp ca jan feb mar apr jun jul aug sep sept oct nov dec".split()
+    {"mr", "mrs", "ms", "dr", "prof", "rev", "hon", "gen", "col", "capt", "lt", "sgt", "cmdr", "gov", "sen", "rep"}
+    | {
+        "st",
+        "jr",
+        "sr",
+        "messrs",
+        "mme",
+        "mlle",
+        "fig",
+        "figs",
+        "eq",
+        "eqs",
+        "sec",
+        "ch",
+        "vol",
+        "no",
+        "nos",
+        "pp",
+        "p",
+    }
+    | {"ed", "eds", "al", "cf", "vs", "etc", "approx", "dept", "est", "inc", "ltd", "co", "corp", "e.g", "i.e", "viz"}
+    | {"resp", "ca", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"}
 )
 """Without the final full stop, in lower case."""
 _END = re.compile(r"(?:[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[」』”’]*)")
@@ -46,9 +65,8 @@ def _stops(text: str) -> list[int]:
     ends = []
     for match in _END.finditer(text):
         mark = match.group()
-        if mark[0] in "。！？" or match.end() == len(text):
-            ends.append(match.end())
-        elif _BEGIN.match(text, match.end()) and not (mark == "." and _abbreviated(text, match.start())):
+        certain = mark[0] in "。！？" or match.end() == len(text)
+        if certain or (_BEGIN.match(text, match.end()) and not (mark == "." and _abbreviated(text, match.start()))):
             ends.append(match.end())
     return ends
 
@@ -63,7 +81,10 @@ def _gaps(text: str) -> list[int]:
     """Blank lines, except inside a sentence: the line before has no end and what follows is in lower case."""
     ends = []
     for match in _GAP.finditer(text):
-        before, after = text[max(0, match.start() - 40) : match.start()].rstrip()[-1:], text[match.end() : match.end() + 1]
+        before, after = (
+            text[max(0, match.start() - 40) : match.start()].rstrip()[-1:],
+            text[match.end() : match.end() + 1],
+        )
         if before in (",", "-") or (after.islower() and before not in tuple(".!?:\"'”’)")):
             continue
         ends.append(match.start())

@@ -207,4 +207,3 @@ def build_task(recipe: SummarizationRecipe, spec: dict[str, Any]) -> SummaryTask
         ValueError: the model cannot be built as the recipe says.
     """
     return SummaryTask(recipe, spec)
-

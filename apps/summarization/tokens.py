@@ -32,7 +32,11 @@ class Tokens:
             self.inner.no_padding()
             self.inner.no_truncation()
         # A tokenizer.json of somebody else has its own specials, or none: ours stand in front, its numbers move up.
-        own = kind != "checkpoint" and self.inner is not None and [self.inner.token_to_id(token) for token in SPECIAL] == list(range(5))
+        own = (
+            kind != "checkpoint"
+            and self.inner is not None
+            and [self.inner.token_to_id(token) for token in SPECIAL] == list(range(5))
+        )
         self.offset = 0 if own else len(SPECIAL)
         self.size = 256 + self.offset if self.inner is None else self.inner.get_vocab_size() + self.offset
 
@@ -81,7 +85,9 @@ def train_tokens(kind: str, texts: Iterable[str], vocabulary: int) -> Tokens:
     if kind == "words":
         inner = Tokenizer(models.WordLevel(unk_token=SPECIAL[UNKNOWN]))
         inner.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer: Any = trainers.WordLevelTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False)
+        trainer: Any = trainers.WordLevelTrainer(
+            vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False
+        )
     elif kind == "bpe":
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

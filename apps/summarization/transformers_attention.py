@@ -88,7 +88,8 @@ def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
 def geometry(module: nn.Module) -> Heads:
     """Heads and widths of a stock attention module."""
     width = next(
-        (getattr(module, n) for n in ("head_dim", "attention_head_size", "key_value_proj_dim") if hasattr(module, n)), None
+        (getattr(module, n) for n in ("head_dim", "attention_head_size", "key_value_proj_dim") if hasattr(module, n)),
+        None,
     )
     query = next((getattr(module, n) for n in ("q_proj", "query", "q") if hasattr(module, n)), None)
     key = next((getattr(module, n) for n in ("k_proj", "key", "k") if hasattr(module, n)), None)
@@ -137,9 +138,7 @@ def attention(
         raise ValueError(f"attention {variant.name!r} takes no position bias; convert with drop_bias=True")
     if dropout and "dropout" not in variant.can:
         dropout = 0.0  # the stock model's rate belongs to attention weights, and here are none
-    attended = variant(
-        query * (scale * width**0.5), key, value, causal=causal, key_mask=mask, dropout=dropout
-    )
+    attended = variant(query * (scale * width**0.5), key, value, causal=causal, key_mask=mask, dropout=dropout)
     return attended.out.transpose(1, 2), None
 
 

@@ -51,6 +51,8 @@ def small_recipe(own_file):
         tiny = ["backbone.dim=16", "backbone.depth=1", "backbone.heads=2", "trainer.batch_size=4", "trainer.epochs=1"]
         if name == "jsonl":
             tiny += ["model.vocabulary=300", "model.max_summary=24", "backbone.heads=4", "model.decoder_depth=1"]
-        return load_recipe(f"summarization/{name}", [f"data.train={own_file}", "trainer.accelerator=cpu", *tiny, *overrides])
+        return load_recipe(
+            f"summarization/{name}", [f"data.train={own_file}", "trainer.accelerator=cpu", *tiny, *overrides]
+        )
 
     return make

@@ -1,4 +1,4 @@
-"""Floors and what they are made of: budgets, graphs, the oracle; and the figures of APPS.md on the real files."""
+"""Floors and what they are made of: budgets, graphs, the oracle; and their known figures on the real files."""
 
 from collections import defaultdict
 
@@ -67,7 +67,7 @@ def test_lexrank_is_the_stationary_distribution_of_the_cosine_graph(text):
 def test_textrank_is_that_of_shared_words_over_log_lengths(text):
     bags = [sentence.split() for sentence in text]
     size = len(text)
-    common = {w for w in set(sum(bags, [])) if sum(w in bag for bag in bags) >= size / 2}
+    common = {w for w in {w for bag in bags for w in bag} if sum(w in bag for bag in bags) >= size / 2}
     graph = np.zeros((size, size))
     for i in range(size):
         for j in range(size):

@@ -101,7 +101,7 @@ def test_what_cannot_be_converted_is_refused(inputs):
     marked[:, 0] = 1
     with pytest.raises(ValueError, match="leave global_attention_mask out"):
         led(**inputs, global_attention_mask=marked)
-    with pytest.raises(ValueError, match="'gla' cannot do 'bidirectional'|reads the layer's input"):
+    with pytest.raises(ValueError, match=r"'gla' cannot do 'bidirectional'|reads the layer's input"):
         convert(stock("bart"), {"variant": "gla"})
 
 
@@ -204,7 +204,8 @@ def test_a_checkpoint_folder_trains_predicts_and_comes_back(family, tmp_path, wr
     stock(family).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
     given = [
-        {"id": str(i), "document": f"w{5 + i} w9 w10. w{20 + i} w4 w8 w7.", "summary": f"w{5 + i} w4"} for i in range(12)
+        {"id": str(i), "document": f"w{5 + i} w9 w10. w{20 + i} w4 w8 w7.", "summary": f"w{5 + i} w4"}
+        for i in range(12)
     ]
     path = write_rows(tmp_path / "own.jsonl", given)
     overrides = [
@@ -232,10 +233,10 @@ def test_a_checkpoint_folder_trains_predicts_and_comes_back(family, tmp_path, wr
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match=r"holds no config.json"):
         load_stock(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="holds no tokenizer.json"):
+    with pytest.raises(UserError, match=r"holds no tokenizer.json"):
         load_stock(tmp_path)
     tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="is a 'bert' model; known: bart"):

@@ -16,7 +16,9 @@ SPEC = {"vocabulary": ["the", "ship", "sank", "storm", "who", "farm"], "features
 
 def examples():
     return [
-        Example("a", source_from_sentences("a", ["The ship sank.", "A storm.", "The farm, the farm."]), "who sank", ("x",)),
+        Example(
+            "a", source_from_sentences("a", ["The ship sank.", "A storm.", "The farm, the farm."]), "who sank", ("x",)
+        ),
         Example("b", source_from_sentences("b", ["A farm."]), None, ("x",)),
         Example("c", source_from_sentences("c", [f"ship {'storm ' * (i % 3)}" for i in range(9)]), "who", ("x",)),
     ]
@@ -77,7 +79,7 @@ def test_gold_labels_are_used_and_asked_for(rows, write_rows, tmp_path, small_re
     assert data.train[0]["labels"].tolist() == [1, 0, 0, 1, 0, 0, 0, 0, 0]
     loss, _ = build_task(recipe, data.spec).loss(data.collate([data.train[0], data.train[1]]))
     assert 0 < float(loss.detach()) < 2
-    with pytest.raises(UserError, match="model.labels=gold needs the column 'gold'"):
+    with pytest.raises(UserError, match=r"model.labels=gold needs the column 'gold'"):
         build_data(small_recipe("extractive", "model.labels=gold"))
 
 

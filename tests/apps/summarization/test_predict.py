@@ -83,7 +83,9 @@ def test_a_page_marks_the_chosen_sentences_and_needs_nothing_else(run, own_file,
 
 
 def test_what_a_user_writes_cannot_break_the_page(run, write_rows, tmp_path):
-    given = write_rows(tmp_path / "x.jsonl", [{"id": "<b>", "document": "<script>alert(1)</script> is & here. Two words here."}])
+    given = write_rows(
+        tmp_path / "x.jsonl", [{"id": "<b>", "document": "<script>alert(1)</script> is & here. Two words here."}]
+    )
     (page,) = predict(run("extractive"), given, tmp_path / "out.html")
     assert "<script>" not in page.read_text()
     assert "<b>" not in page.read_text()
@@ -115,7 +117,9 @@ def test_the_run_folder_holds_what_the_test_found(run):
     assert set(metrics["floors"]) == {"lead", "random", "textrank", "lexrank", "oracle"}
     for name in ("predictions.jsonl", "by_length.csv", "by_place.csv", "plots/by_length.png", "plots/by_place.png"):
         assert (folder / name).stat().st_size > 50
-    assert json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["scorer"].startswith("F x 100, Porter")
+    assert json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["scorer"].startswith(
+        "F x 100, Porter"
+    )
     assert load_run(folder).spec["vocabulary"]
 
 
@@ -141,7 +145,7 @@ def test_a_tokenizer_file_is_used_and_a_wrong_one_is_named(small_recipe, tmp_pat
     data = build_data(small_recipe("jsonl", f"model.tokenizer_file={path}"))
     assert Tokens(**data.spec["tokenizer"]).size <= 270
     path.write_text("{}")
-    with pytest.raises(UserError, match="is not a tokenizer.json"):
+    with pytest.raises(UserError, match=r"is not a tokenizer.json"):
         build_data(small_recipe("jsonl", f"model.tokenizer_file={path}"))
 
 
@@ -150,5 +154,5 @@ def test_weights_of_another_run_are_a_start(run, small_recipe, tmp_path):
     fit(recipe, run_dir=tmp_path / "again", quiet=True)
     old, new = (load_run(folder).task.model.head[0].weight for folder in (run("extractive"), tmp_path / "again"))
     assert (old - new).abs().max() < 1e-6
-    with pytest.raises(UserError, match="model.pretrained: there is no file"):
+    with pytest.raises(UserError, match=r"model.pretrained: there is no file"):
         build_data(small_recipe("extractive", "model.pretrained=nowhere"))

@@ -13,7 +13,10 @@ from apps.summarization.sentences import split_sentences
         ("J. R. Smith wrote it. Good.", ["J. R. Smith wrote it.", "Good."]),
         ("It cost 3.5 dollars. Cheap.", ["It cost 3.5 dollars.", "Cheap."]),
         ('"Stop!" he said. "Why?"', ['"Stop!" he said.', '"Why?"']),
-        ("See Fig. 3 for details, e.g. the tail. It is long.", ["See Fig. 3 for details, e.g. the tail.", "It is long."]),
+        (
+            "See Fig. 3 for details, e.g. the tail. It is long.",
+            ["See Fig. 3 for details, e.g. the tail.", "It is long."],
+        ),
         ("He waited... Then he left.", ["He waited...", "Then he left."]),
         ("A title\n\nThe text begins.", ["A title", "The text begins."]),
         ("memory,\n   \n  and had brought him", ["memory, and had brought him"]),
