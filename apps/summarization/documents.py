@@ -19,6 +19,7 @@ class Source:
         sections: number of the section of each sentence, from 0; all 0 where the file knows no sections.
         titles: of the sections.
         numbers: of the sentences in the whole document, where some were cut off; else 0, 1, 2, ...
+        cut_words: words that were cut off.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Source:
     sections: list[int] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    cut_words: int = 0
 
     def __post_init__(self):
         self.sections = self.sections or [0] * len(self.sentences)
@@ -72,8 +74,8 @@ def shorten(source: Source, most: int, overflow: str) -> tuple[Source, int]:
     rows = [*range(max(head, 1)), *range(max(tail, head, 1), len(sizes))]
     columns: Any = (source.sentences, source.spans, source.sections, source.numbers)
     sentences, spans, sections, numbers = ([column[i] for i in rows] for column in columns)
-    short = Source(source.id, sentences, spans, source.text, sections, source.titles, numbers)
-    return short, total - sum(sizes[i] for i in rows)
+    lost = total - sum(sizes[i] for i in rows)
+    return Source(source.id, sentences, spans, source.text, sections, source.titles, numbers, lost), lost
 
 
 def source_from_text(name: str, text: str) -> Source:

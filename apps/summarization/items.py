@@ -154,6 +154,7 @@ class AbstractiveItems(Dataset):
 
     def make(self, example: Example) -> dict[str, Any]:
         """The numbers of an example; what is cut is counted in `cut`."""
+        before = self.cut["tokens"]
         query = self.tokens.encode(example.query) if example.query else []
         chosen = self.chosen(example)
         numbers = range(len(example.source.sentences)) if chosen is None else chosen
@@ -186,6 +187,7 @@ class AbstractiveItems(Dataset):
             item["ids"] = torch.from_numpy(np.concatenate([front, body[kept]]))
             item["owners"] = np.concatenate([np.full(len(front), -1), owners[kept]])
             item["marked"] = self._marked(item["ids"], len(front))
+        item["cut"] = self.cut["tokens"] - before
         most = self.spec["max_summary"]
         summary = self.tokens.encode(example.references[0]) if example.references else []
         self.cut["summaries"] += len(summary) > most
@@ -247,6 +249,7 @@ def collate_abstractive(items: list[dict[str, Any]]) -> dict[str, Any]:
         "document": Document(ids, words, marked),
         "summary": pad([item["summary"] for item in items]),
         "chosen": [item["chosen"] for item in items],
+        "cut": [item["cut"] for item in items],
         "carried": Carried([item["example"] for item in items]),
         "part": items[0]["part"],
     }

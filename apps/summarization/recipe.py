@@ -16,7 +16,7 @@ class GeneratedSection(Section):
 
     documents: int = Field(2000, ge=3)
     """Documents for training."""
-    held_out: int = Field(32, ge=4)
+    held_out: int = Field(16, ge=4)
     """Documents for validation, and as many for the test."""
     words: int = Field(16000, ge=64)
     """Words of the longest document of validation and test."""
@@ -122,6 +122,22 @@ CROSSING = ("softmax", "hepos", "linear", "additive", "luong")
 Cross = Annotated[dict[str, Any], BeforeValidator(_canonical_cross)]
 
 
+WRITING = (
+    *("tokenizer", "tokenizer_file", "vocabulary", "reader", "decoder_depth", "decoder_attention", "cross"),
+    *("global_tokens", "pointer", "label_smoothing", "max_summary", "checkpoint", "drop_bias"),
+)
+"""Fields of `model` that only models that write have a use for."""
+
+
+def _refuse_unused(section: Section, uses: dict[str, tuple[bool, tuple[str, ...]]]) -> None:
+    """Raise ValueError where a field was changed that has no use; what is accepted is used."""
+    for condition, (holds, names) in uses.items():
+        for name in names:
+            default = type(section).model_fields[name].get_default(call_default_factory=True)
+            if not holds and getattr(section, name) != default:
+                raise ValueError(f"{name} belongs to {condition} and would not be used here; leave it out")
+
+
 class ModelSection(Section):
     """What stands around the backbone."""
 
@@ -179,6 +195,17 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _options_meet_their_use(self) -> Self:
+        writes, reader = self.kind != "extractive", self.reader
+        uses = {
+            "kind=extractive": (not writes, ("words", "word_dim", "features", "query", "labels")),
+            "kind=abstractive": (writes, WRITING),
+            "kind=extract_abstract": (self.kind == "extract_abstract", ("source_words",)),
+            "reader=patches": (writes and reader == "patches", ("patch",)),
+            "reader=sentences": (writes and reader == "sentences", ("sentence_tokens",)),
+        }
+        _refuse_unused(self, uses)
+        if self.sentence_depth and writes and reader != "sentences":
+            raise ValueError(f"sentence_depth belongs to kind=extractive and reader=sentences, got reader={reader}")
         if self.pointer and self.reader != "tokens":
             raise ValueError(f"pointer copies single tokens and needs reader=tokens, got reader={self.reader}")
         if self.checkpoint is not None:
@@ -228,6 +255,15 @@ class PredictSection(Section):
     """decoding=sample: only the likeliest tokens that together reach this probability."""
     seed: int = Field(0, ge=0)
     """decoding=sample: of the draws."""
+
+    @model_validator(mode="after")
+    def _options_meet_their_use(self) -> Self:
+        uses = {
+            "decoding=beam": (self.decoding == "beam", ("beams", "length_penalty", "early_stopping")),
+            "decoding=sample": (self.decoding == "sample", ("temperature", "top_k", "top_p", "seed")),
+        }
+        _refuse_unused(self, uses)
+        return self
 
 
 class SummarizationRecipe(Recipe):

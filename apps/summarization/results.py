@@ -52,6 +52,7 @@ def record(outcome: "Outcome") -> dict[str, Any]:
         "summary": outcome.summary,
         "source_words": source.words,
         "summary_words": len(outcome.summary.split()),
+        "cut": outcome.cut,
         "ended": outcome.ended,
     }
     if outcome.sentences is not None:
@@ -69,7 +70,10 @@ def _shown(outcome: "Outcome") -> dict[str, float]:
 
 
 def by_length(outcomes: "Sequence[Outcome]") -> list[dict[str, float]]:
-    """Scores in buckets of source length, shortest first, with words of source per second of summarising."""
+    """Scores in buckets of source length, shortest first.
+
+    words_per_s: source words per second of model and choice, or of reading and writing; features are not counted.
+    """
     order = sorted(outcomes, key=lambda outcome: outcome.example.source.words)
     rows = []
     for bucket in np.array_split(np.arange(len(order)), min(BUCKETS, len(order))):

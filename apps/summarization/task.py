@@ -27,6 +27,8 @@ from core.training.pretrained import load_pretrained
 from core.training.task import Task
 
 log = logging.getLogger(__name__)
+MOST_CUT = 0.05
+"""Share of summaries cut at the maximum length above which the log warns."""
 COMPARED = ("lead", "lexrank")
 """Floors whose difference to the model is taken document by document."""
 
@@ -39,6 +41,7 @@ class Outcome:
         (extract_abstract); None: the whole document was read.
     weights: [N] score of each sentence, for extractive models.
     ended: False where the decoder was cut at its maximum length.
+    cut: words (extractive) or tokens of the document that were cut off and not read.
     """
 
     example: Example
@@ -46,6 +49,7 @@ class Outcome:
     sentences: list[int] | None = None
     weights: np.ndarray | None = None
     ended: bool = True
+    cut: int = 0
     seconds: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -72,7 +76,7 @@ class SummaryTask(Task):
         self.outcomes: list[Outcome] = []
         self.speed = Speed()
         self.part = ""
-        self._references: dict[str, list] = {}
+        self._references: dict[int, list] = {}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Extractive: squared error of standardised worth, or cross-entropy of labels; else of the next token."""
@@ -113,7 +117,7 @@ class SummaryTask(Task):
         scores = scores[: len(sentences)]
         alike = likeness(sentences) if self.budget.redundancy else None
         chosen = select(scores, lengths_of(sentences), self.budget, alike)
-        return Outcome(example, text_of(example.source, chosen), chosen, scores)
+        return Outcome(example, text_of(example.source, chosen), chosen, scores, cut=example.source.cut_words)
 
     def _write(self, batch: dict[str, Any], examples: list[Example]) -> list[Outcome]:
         assert self.tokens is not None
@@ -123,10 +127,9 @@ class SummaryTask(Task):
             written = write(self.model, *how, cached=cached, speed=self.speed)
         else:
             written = self.writer.write(*how, self.speed)
-        chosen = batch["chosen"]
         return [
-            Outcome(example, self.tokens.decode(one.tokens), rows, None, one.ended)
-            for example, one, rows in zip(examples, written, chosen)
+            Outcome(example, self.tokens.decode(one.tokens), rows, None, one.ended, cut)
+            for example, one, rows, cut in zip(examples, written, batch["chosen"], batch["cut"])
         ]
 
     @property
@@ -140,9 +143,9 @@ class SummaryTask(Task):
             self.part, self.outcomes, self.speed = batch["part"], [], Speed()
         for outcome in self.summarise(batch):
             example = outcome.example
-            if example.id not in self._references:
-                self._references[example.id] = [self.scorer.prepare(text) for text in example.references]
-            outcome.scores = best_of(self.scorer.prepare(outcome.summary), self._references[example.id])
+            if id(example) not in self._references:
+                self._references[id(example)] = [self.scorer.prepare(text) for text in example.references]
+            outcome.scores = best_of(self.scorer.prepare(outcome.summary), self._references[id(example)])
             self.outcomes.append(outcome)
 
     def eval_compute(self) -> dict[str, float]:
@@ -156,6 +159,9 @@ class SummaryTask(Task):
             found |= self._further(tested)
         if self.tokens is not None:
             found["cut_at_maximum"] = float(np.mean([not outcome.ended for outcome in tested]))
+            if part == "test" and found["cut_at_maximum"] > MOST_CUT:
+                share = f"{found['cut_at_maximum']:.0%}"
+                log.warning("%s of the summaries were cut at their maximum length; raise predict.max_tokens", share)
             found["ms_per_token"] = self.speed.ms_per_token
         self.part = ""
         return found
