@@ -63,13 +63,16 @@ for _kind in CHUNK:
 
 
 def _triton(kind, q, k, v, *gates, state=None):
-    from core.attention.kernels.decay import scan as fused
-
+    if kind == "decay":
+        from core.attention.kernels.decay import scan as fused
+    else:
+        from core.attention.kernels.gated import scan as fused
     return fused(q, k, v, *gates, state=state)
 
 
 if kernels.PRESENT:
-    implementation("decay", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+    for _kind in ("decay", "vector_decay"):
+        implementation(_kind, "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
 def _needs(q: Tensor, state: Tensor | None) -> tuple[str, ...]:

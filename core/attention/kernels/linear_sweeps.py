@@ -79,8 +79,12 @@ def write(
 def prefix(
     sums, totals, first, end, states, parts, blocks,
     N: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    RATES: tl.constexpr = 1,
 ):  # fmt: skip
-    """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order."""
+    """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order.
+
+    RATES: log-decays per part, one per head or one per row of the state.
+    """
     bh = tl.program_id(0) // blocks
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     ok = at < N
@@ -92,7 +96,7 @@ def prefix(
         one = part.to(tl.int64) * N + at
         tl.store(states + one, s, mask=ok)
         if DECAY:
-            s *= tl.exp(tl.load(totals + part))
+            s *= tl.exp(tl.load(totals + part.to(tl.int64) * RATES + at // (N // RATES), mask=ok, other=0.0))
         s += tl.load(sums + one, mask=ok, other=0.0)
     tl.store(end + bh.to(tl.int64) * N + at, s, mask=ok)
 
