@@ -63,15 +63,14 @@ for _kind in CHUNK:
 
 
 def _triton(kind, q, k, v, *gates, state=None):
-    if kind == "decay":
-        from core.attention.kernels.decay import scan as fused
-    else:
-        from core.attention.kernels.gated import scan as fused
-    return fused(q, k, v, *gates, state=state)
+    from core.attention.kernels import decay, delta, gated
+
+    fused = delta if kind.endswith("delta") else decay if kind == "decay" else gated
+    return fused.scan(q, k, v, *gates, state=state)
 
 
 if kernels.PRESENT:
-    for _kind in ("decay", "vector_decay"):
+    for _kind in CHUNK:
         implementation(_kind, "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 

@@ -58,13 +58,13 @@ def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None = N
 
 
 @triton.jit
-def _load(x, at, ok, f, F: tl.constexpr):
+def load(x, at, ok, f, F: tl.constexpr):
     """Rows [rows, f] that begin at x + at, in float32, 0 where not ok."""
     return features(x, at, ok, f, F, F, "identity")
 
 
 @triton.jit
-def _fall(b):
+def fall(b):
     """e^b for exponents that are <= 0 where they matter: rows past the end have b = 0 and are multiplied by 0."""
     return tl.exp(tl.minimum(b, 0.0))
 
@@ -76,7 +76,7 @@ def _cumulate(g, b, gb, gh, gl, K, L, F: tl.constexpr, FP: tl.constexpr, C: tl.c
     bk, f = tl.program_id(0) // blocks, tl.arange(0, FP)
     i = (tl.program_id(0) % blocks).to(tl.int64) * C + tl.arange(0, C)
     item, head, ok = (bk // K).to(tl.int64), (bk % K).to(tl.int64), i < L
-    running = tl.cumsum(_load(g + item * gb + head * gh, i * gl, ok, f, F), 0)
+    running = tl.cumsum(load(g + item * gb + head * gh, i * gl, ok, f, F), 0)
     spot = b + (bk.to(tl.int64) * L + i)[:, None] * F + f[None, :]
     tl.store(spot, running, mask=ok[:, None] & (f < F)[None, :])
 
@@ -96,19 +96,19 @@ def _inner(
     k += item * kb + h // GROUP * kh
     b += (bh // GROUP).to(tl.int64) * L * F
     a += (bh.to(tl.int64) * L + i)[:, None] * C + c[None, :] - begin
-    x, run = _load(q, i * ql, ok, f, F), _load(b, i * F, ok, f, F)
+    x, run = load(q, i * ql, ok, f, F), load(b, i * F, ok, f, F)
     anchor = tl.load(b + i0 * F + f, mask=f < F, other=0.0)[None, :]
-    left = x * _fall(run - anchor)
+    left = x * fall(run - anchor)
     for j0 in range(begin, i0, ROWS):
         j = j0 + c
-        right = _load(k, j * kl, j < L, f, F) * _fall(anchor - _load(b, j * F, j < L, f, F))
+        right = load(k, j * kl, j < L, f, F) * fall(anchor - load(b, j * F, j < L, f, F))
         tl.store(a + j0, product(left, tl.trans(right), DOT, PRECISION).to(a.dtype.element_ty), mask=ok[:, None])
     own = tl.zeros([ROWS, ROWS], tl.float32)
     for n in range(ROWS):
         one = tl.minimum(i0 + n, L - 1)
         key = tl.load(k + one * kl + f, mask=f < F, other=0.0).to(tl.float32)
         at = tl.load(b + one * F + f, mask=f < F, other=0.0)
-        column = tl.sum(x * key[None, :] * _fall(run - at[None, :]), 1)
+        column = tl.sum(x * key[None, :] * fall(run - at[None, :]), 1)
         own = tl.where(c[None, :] == n, column[:, None], own)
     tl.store(a + i0, own.to(a.dtype.element_ty), mask=ok[:, None] & (c[:, None] >= c[None, :]))
 
@@ -119,7 +119,7 @@ def _pairs(d_out, at, row, v, to, key, E: tl.constexpr, EP: tl.constexpr, DOT: t
     d = tl.zeros([ROWS, ROWS], tl.float32)
     for e0 in range(0, E, EP):
         e = e0 + tl.arange(0, EP)
-        d += product(_load(d_out, at, row, e, E), tl.trans(_load(v, to, key, e, E)), DOT, PRECISION)
+        d += product(load(d_out, at, row, e, E), tl.trans(load(v, to, key, e, E)), DOT, PRECISION)
     return d
 
 
@@ -143,25 +143,26 @@ def _inner_gradient(
     b += (bh // GROUP).to(tl.int64) * L * F
     here = ok[:, None] & (f < F)[None, :]
     place = (bh.to(tl.int64) * L + i)[:, None] * F + f[None, :]
-    x, y, run = _load(q, i * ql, ok, f, F), _load(k, i * kl, ok, f, F), _load(b, i * F, ok, f, F)
+    x, y, run = load(q, i * ql, ok, f, F), load(k, i * kl, ok, f, F), load(b, i * F, ok, f, F)
     dx, dy = tl.zeros([ROWS, FP], tl.float32), tl.zeros([ROWS, FP], tl.float32)
     for n in range(tiles):
-        dx += tl.load(dq_parts + n * all_rows * F + place, mask=here, other=0.0)
-        dy += tl.load(dk_parts + n * all_rows * F + place, mask=here, other=0.0)
+        part = (bh * 0 + n).to(tl.int64) * all_rows * F
+        dx += tl.load(dq_parts + part + place, mask=here, other=0.0)
+        dy += tl.load(dk_parts + part + place, mask=here, other=0.0)
     anchor = tl.load(b + i0 * F + f, mask=f < F, other=0.0)[None, :]
     earlier = tl.zeros([ROWS, FP], tl.float32)
     for j0 in range(begin, i0, ROWS):
         j = j0 + c
         d = _pairs(d_out, i * ol, ok, v, j * vl, j < L, E, EP, DOT, PRECISION)
-        right = _load(k, j * kl, j < L, f, F) * _fall(anchor - _load(b, j * F, j < L, f, F))
+        right = load(k, j * kl, j < L, f, F) * fall(anchor - load(b, j * F, j < L, f, F))
         earlier += product(d, right, DOT, PRECISION)
-    dx += earlier * _fall(run - anchor)
+    dx += earlier * fall(run - anchor)
     for j0 in range(i0 + ROWS, tl.minimum(begin + C, L), ROWS):
         j = j0 + c
         d = _pairs(d_out, j * ol, j < L, v, i * vl, ok, E, EP, DOT, PRECISION)
         first = tl.load(b + j0 * F + f, mask=f < F, other=0.0)[None, :]
-        left = _load(q, j * ql, j < L, f, F) * _fall(_load(b, j * F, j < L, f, F) - first)
-        dy += product(tl.trans(d), left, DOT, PRECISION) * _fall(first - run)
+        left = load(q, j * ql, j < L, f, F) * fall(load(b, j * F, j < L, f, F) - first)
+        dy += product(tl.trans(d), left, DOT, PRECISION) * fall(first - run)
     d = _pairs(d_out, i * ol, ok, v, i * vl, ok, E, EP, DOT, PRECISION)
     d = tl.where(c[:, None] >= c[None, :], d, 0.0)
     for n in range(ROWS):
@@ -169,22 +170,22 @@ def _inner_gradient(
         ask = tl.load(q + one * ql + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
         key = tl.load(k + one * kl + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
         at = tl.load(b + one * F + f, mask=f < F, other=0.0)[None, :]
-        dx += tl.sum(tl.where(c[None, :] == n, d, 0.0), 1)[:, None] * key * _fall(run - at)
-        dy += tl.sum(tl.where(c[:, None] == n, d, 0.0), 0)[:, None] * ask * _fall(at - run)
+        dx += tl.sum(tl.where(c[None, :] == n, d, 0.0), 1)[:, None] * key * fall(run - at)
+        dy += tl.sum(tl.where(c[:, None] == n, d, 0.0), 0)[:, None] * ask * fall(at - run)
     tl.store(dq + place, dx.to(dq.dtype.element_ty), mask=here)
     tl.store(dk + place, dy.to(dk.dtype.element_ty), mask=here)
     tl.store(db + place, x * dx - y * dy, mask=here)
 
 
 @triton.jit
-def _decays(b, u0, u, L, f, F: tl.constexpr, C: tl.constexpr):
+def decays(b, u0, u, L, f, F: tl.constexpr, C: tl.constexpr):
     """(running sums at u [C, F], the chunk's whole sum [F])."""
     last = tl.load(b + (tl.minimum(u0 + C, L) - 1).to(tl.int64) * F + f, mask=f < F, other=0.0)
-    return _load(b, u * F, u < L, f, F), last
+    return load(b, u * F, u < L, f, F), last
 
 
 @triton.jit
-def _load_square(a, u, L, C: tl.constexpr):
+def square(a, u, L, C: tl.constexpr):
     """A of one chunk, 0 above the diagonal."""
     c = tl.arange(0, C)
     return tl.load(a + u[:, None] * C + c[None, :], mask=(u < L)[:, None] & (c[:, None] >= c[None, :]), other=0.0)
@@ -210,9 +211,9 @@ def _write(
     for n in range(chunks):
         u0 = begin + (chunks - 1 - n if REVERSE else n) * C
         u = (u0 + tl.arange(0, C)).to(tl.int64)
-        run, last = _decays(b, u0, u, L, f, F, C)
-        rows = _load(x, u * xl, u < L, f, F) * _fall(run if REVERSE else last[None, :] - run)
-        s = s * tl.exp(last)[:, None] + product(tl.trans(rows), _load(v, u * vl, u < L, e, E), DOT, PRECISION)
+        run, last = decays(b, u0, u, L, f, F, C)
+        rows = load(x, u * xl, u < L, f, F) * fall(run if REVERSE else last[None, :] - run)
+        s = s * tl.exp(last)[:, None] + product(tl.trans(rows), load(v, u * vl, u < L, e, E), DOT, PRECISION)
         total += last
     at = (bh * parts + part).to(tl.int64) * F
     tl.store(sums + (at + f)[:, None] * E + e[None, :], s, mask=(f < F)[:, None] & (e < E)[None, :])
@@ -242,11 +243,11 @@ def _forward(
     a += bh.to(tl.int64) * L * C
     for u0 in range(part * size, tl.minimum(L, (part + 1) * size), C):
         u = (u0 + tl.arange(0, C)).to(tl.int64)
-        run, last = _decays(b, u0, u, L, f, F, C)
-        value = _load(v, u * vl, u < L, e, E)
-        read = product(_load(q, u * ql, u < L, f, F) * _fall(run), s, DOT, PRECISION)
-        read += product(_load_square(a, u, L, C), value, DOT, PRECISION)
-        rows = _load(k, u * kl, u < L, f, F) * _fall(last[None, :] - run)
+        run, last = decays(b, u0, u, L, f, F, C)
+        value = load(v, u * vl, u < L, e, E)
+        read = product(load(q, u * ql, u < L, f, F) * fall(run), s, DOT, PRECISION)
+        read += product(square(a, u, L, C), value, DOT, PRECISION)
+        rows = load(k, u * kl, u < L, f, F) * fall(last[None, :] - run)
         s = s * tl.exp(last)[:, None] + product(tl.trans(rows), value, DOT, PRECISION)
         place = (bh.to(tl.int64) * L + u)[:, None] * E + e[None, :]
         tl.store(out + place, read, mask=(u < L)[:, None] & (e < E)[None, :])
@@ -275,12 +276,12 @@ def _query_gradient(
     b += bk * L * F
     for u0 in range(part * size, tl.minimum(L, (part + 1) * size), C):
         u = (u0 + tl.arange(0, C)).to(tl.int64)
-        run, last = _decays(b, u0, u, L, f, F, C)
-        d = product(_load(d_out, u * ol, u < L, e, E), tl.trans(s), DOT, PRECISION) * _fall(run)
-        place = (tile * all_rows + bh.to(tl.int64) * L + u)[:, None] * F + f[None, :]
+        run, last = decays(b, u0, u, L, f, F, C)
+        d = product(load(d_out, u * ol, u < L, e, E), tl.trans(s), DOT, PRECISION) * fall(run)
+        place = (tile.to(tl.int64) * all_rows + bh.to(tl.int64) * L + u)[:, None] * F + f[None, :]
         tl.store(dq + place, d, mask=(u < L)[:, None] & (f < F)[None, :])
-        rows = _load(k, u * kl, u < L, f, F) * _fall(last[None, :] - run)
-        value = _load(v, u * vl, u < L, e, E)
+        rows = load(k, u * kl, u < L, f, F) * fall(last[None, :] - run)
+        value = load(v, u * vl, u < L, e, E)
         s = s * tl.exp(last)[:, None] + product(tl.trans(rows), value, DOT, PRECISION)
 
 
@@ -311,17 +312,17 @@ def _key_gradient(
     for n in range(chunks):
         u0 = begin + (chunks - 1 - n) * C
         u = (u0 + tl.arange(0, C)).to(tl.int64)
-        run, last = _decays(b, u0, u, L, f, F, C)
-        do, fall = _load(d_out, u * ol, u < L, e, E), _fall(last[None, :] - run)
-        dy = product(_load(v, u * vl, u < L, e, E), tl.trans(s), DOT, PRECISION) * fall
+        run, last = decays(b, u0, u, L, f, F, C)
+        do, leave = load(d_out, u * ol, u < L, e, E), fall(last[None, :] - run)
+        dy = product(load(v, u * vl, u < L, e, E), tl.trans(s), DOT, PRECISION) * leave
         rows = bh.to(tl.int64) * L + u
-        spread = (tile * all_rows + rows)[:, None] * F + f[None, :]
+        spread = (tile.to(tl.int64) * all_rows + rows)[:, None] * F + f[None, :]
         tl.store(dk + spread, dy, mask=(u < L)[:, None] & (f < F)[None, :])
-        d = product(_load(k, u * kl, u < L, f, F) * fall, s, DOT, PRECISION)
-        d += product(tl.trans(_load_square(a, u, L, C)), do, DOT, PRECISION)
+        d = product(load(k, u * kl, u < L, f, F) * leave, s, DOT, PRECISION)
+        d += product(tl.trans(square(a, u, L, C)), do, DOT, PRECISION)
         place = rows[:, None] * E + e[None, :]
         tl.store(dv + place, d.to(dv.dtype.element_ty), mask=(u < L)[:, None] & (e < E)[None, :])
-        read = _load(q, u * ql, u < L, f, F) * _fall(run)
+        read = load(q, u * ql, u < L, f, F) * fall(run)
         s = s * tl.exp(last)[:, None] + product(tl.trans(read), do, DOT, PRECISION)
     if KEEP:
         tl.store(d_first + bh.to(tl.int64) * F * E + spot, s, mask=here)
@@ -338,11 +339,10 @@ def cumulated(g: Tensor, chunk: int, warps: int = 4) -> Tensor:
     return b
 
 
-def squares(q: Tensor, k: Tensor, b: Tensor, chunk: int, kind: dict) -> Tensor:
-    """A [B, H, L, chunk] of queries and keys; bfloat16 where it is multiplied so, else float32."""
+def squares(q: Tensor, k: Tensor, b: Tensor, chunk: int, kind: dict, dtype: torch.dtype) -> Tensor:
+    """A [B, H, L, chunk] of queries and keys; above the diagonal nothing is written."""
     batch, heads, length, width = q.shape
-    exact = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    a = torch.empty(batch, heads, length, chunk, dtype=exact, device=q.device)
+    a = torch.empty(batch, heads, length, chunk, dtype=dtype, device=q.device)
     _inner[(-(-length // ROWS.value) * batch * heads,)](
         q, k, b, a, *q.stride()[:3], *k.stride()[:3], heads, heads // k.shape[1], length,
         F=width, FP=padded(width), C=chunk, **kind,
@@ -369,7 +369,8 @@ class Gated:
         self.grid = (self.tiles * self.parts * self.batch * self.heads,)
         if not self.empty_input:
             self.b = cumulated(g, self.chunk, blocks.warps)
-            self.a = squares(self.q, self.k, self.b, self.chunk, self.products)
+            exact = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # as it is multiplied
+            self.a = squares(self.q, self.k, self.b, self.chunk, self.products, exact)
 
     def buffer(self, *shape: int) -> Tensor:
         """An unwritten float32 tensor."""
