@@ -44,11 +44,11 @@ BLOCKS = {
     ("hopper", 16, 2): Blocks(32, 32, 4, 2),
     ("hopper", 32, 2): Blocks(32, 32, 4, 2),
     ("hopper", 64, 2): Blocks(32, 32, 4, 2),
-    ("hopper", 128, 2): Blocks(32, 32, 4, 2),
-    ("hopper", 256, 2): Blocks(32, 32, 8, 1),
+    ("hopper", 128, 2): Blocks(32, 32, 8, 1),
 }
 """Keyed by (class of device, padded features, bytes per element). Narrow tiles, because only heads and tiles fill the
-device here. Chosen by the shared memory that ptxas reports for sm_90a (2026-11-25); not yet timed on a GPU."""
+device here. Chosen by the registers and shared memory that ptxas reports for sm_90a (2026-11-25); not yet timed on a
+GPU."""
 
 
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None = None):
@@ -64,10 +64,10 @@ def _falls(b, u0, u, L, f, F: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexp
     """(e^b, e^{b_C - b}) at u and e^{b_C}, to be multiplied with rows of keys and with the state."""
     if VECTOR:
         run, last = decays(b, u0, u, L, f, F, C)
-        return fall(run), fall(last[None, :] - run), tl.exp(last)[:, None]
-    run = tl.load(b + u, mask=u < L, other=0.0)
-    last = tl.load(b + tl.minimum(u0 + C, L) - 1)
-    return fall(run)[:, None], fall(last - run)[:, None], tl.exp(last + 0.0 * f)[:, None]
+    else:
+        run = tl.load(b + u, mask=u < L, other=0.0)[:, None]
+        last = tl.load(b + tl.minimum(u0 + C, L) - 1 + tl.arange(0, 1))
+    return fall(run), fall(last[None, :] - run), tl.exp(last)[:, None]
 
 
 @triton.jit

@@ -37,14 +37,14 @@ from core.attention.kernels.step import decay_step, is_step
 BLOCKS = {
     None: Blocks(16, 32, 8, 1),
     "interpreter": Blocks(32, 16, 4, 1),
-    ("hopper", 16, 2): Blocks(64, 64, 4, 2),
-    ("hopper", 32, 2): Blocks(64, 64, 4, 2),
-    ("hopper", 64, 2): Blocks(64, 64, 4, 2),
-    ("hopper", 128, 2): Blocks(64, 64, 8, 1),
+    ("hopper", 16, 2): Blocks(64, 64, 4, 1),
+    ("hopper", 32, 2): Blocks(64, 64, 4, 1),
+    ("hopper", 64, 2): Blocks(64, 64, 8, 1),
+    ("hopper", 128, 2): Blocks(64, 32, 8, 1),
     ("hopper", 256, 2): Blocks(32, 32, 8, 1),
 }
-"""Keyed by (class of device, padded features, bytes per element). Chosen by the shared memory that ptxas reports for
-sm_90a (2026-11-25); not yet timed on a GPU."""
+"""Keyed by (class of device, padded features, bytes per element). Chosen by the registers and shared memory that ptxas
+reports for sm_90a (2026-11-25); not yet timed on a GPU."""
 
 ROWS = tl.constexpr(16)
 """Rows of a block inside a chunk."""
