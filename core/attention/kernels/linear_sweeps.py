@@ -102,7 +102,7 @@ def prefix(
 
 
 @triton.jit
-def _load_state(states, at, f, e, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
+def load_state(states, at, f, e, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
     width: tl.constexpr = E + 1 if ONES else E
     s = tl.load(states + at + f[:, None] * width + e[None, :], mask=(f < F)[:, None] & (e < E)[None, :], other=0.0)
     z = tl.zeros_like(tl.sum(s, 1))
@@ -148,7 +148,7 @@ def forward(
     s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
     if STATE:
         at = (bk * parts + part if CAUSAL else bk).to(tl.int64) * F * width
-        s, z = _load_state(states, at, f, e, F, E, ONES)
+        s, z = load_state(states, at, f, e, F, E, ONES)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -229,7 +229,7 @@ def query_gradient(
     s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
     if STATE:
         at = (bk * parts + part if CAUSAL else bk).to(tl.int64) * F * width
-        s, z = _load_state(states, at, f, e, F, E, ONES)
+        s, z = load_state(states, at, f, e, F, E, ONES)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -304,7 +304,7 @@ def key_gradient(
     width: tl.constexpr = E + 1 if ONES else E
     s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
     if STATE:
-        s, z = _load_state(states, (bh * parts + part if CAUSAL else bh).to(tl.int64) * F * width, f, e, F, E, ONES)
+        s, z = load_state(states, (bh * parts + part if CAUSAL else bh).to(tl.int64) * F * width, f, e, F, E, ONES)
         z = tl.where(tile == 0, z, 0.0)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh

@@ -1,10 +1,55 @@
-"""The hybrid by two kernels and a merge against the blocked form in float64, and layers that run on kernels."""
+"""The hybrid by one kernel, and by two and a merge, against the blocked form in float64; layers that run on kernels."""
 
 import pytest
 import torch
 
-from core.attention import Attention, hybrid_attention
+from core.attention import Attention, hybrid_attention, kernels
+from core.attention.feature_maps import FEATURE_MAPS
+from core.attention.kernels import hybrid as fused
 from core.attention.positions import alibi_slopes
+from core.attention.variants import hybrid
+
+# batch, heads, key heads, queries, keys, width, width of the tail or None, values, window
+SHAPES = {
+    "grouped": (2, 2, 1, 37, 37, 6, None, 5, 7),
+    "segments": (1, 1, 1, 140, 140, 5, None, 18, 20),
+    "own tail": (1, 2, 1, 40, 40, 17, 6, 5, 3),
+    "context": (1, 1, 1, 18, 50, 4, None, 3, 9),
+    "long context": (1, 1, 1, 5, 150, 4, None, 3, 9),
+    "empty rows": (1, 1, 1, 40, 20, 4, None, 3, 4),
+    "no tail": (1, 1, 1, 18, 18, 4, None, 3, 30),
+    "one": (1, 1, 1, 1, 1, 1, None, 1, 1),
+    "no keys": (1, 1, 1, 3, 0, 2, None, 2, 2),
+}
+QUICK = {"grouped", "own tail", "context", "one", "no keys"}
+
+
+def run(name, phi, dtype, device, compare):
+    b, h, kh, length, keys, width, narrow, values, window = SHAPES[name]
+    q, k, v = torch.randn(b, h, length, width), torch.randn(b, kh, keys, width), torch.randn(b, kh, keys, values)
+    tails = (torch.randn(b, h, length, narrow), torch.randn(b, kh, keys, narrow)) if narrow else (None, None)
+    tails = [x if x is None or phi != "given" else x.exp() for x in tails]
+    mask = torch.rand(b, keys) > 0.3
+
+    def two(q, k, v, tail_q, tail_k, gate):
+        tails = (q, k) if tail_q is None else (tail_q, tail_k)
+        options = {"causal": True, "key_mask": mask, "slopes": None, "scale": 0.7, "backend": "torch"}
+        return tuple(hybrid.attend(q, k, v, *tails, window=window, phi=FEATURE_MAPS[phi], gate=gate, **options))
+
+    def one(q, k, v, tail_q, tail_k, gate):
+        return fused.hybrid_forward(q, k, v, tail_q, tail_k, mask.to(device), gate, phi, window, 0.7)
+
+    compare(one, two, [q, k, v, *tails, torch.randn(h)], dtype, device)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in SHAPES])
+def test_one_kernel_equals_the_blocked_form(name, dtype, device, compare):
+    run(name, "elu", dtype, device, compare)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES[1:])
+def test_half_precision(dtype, device, compare):
+    run("own tail", "given", dtype, device, compare)
 
 
 @pytest.mark.parametrize(("causal", "phi"), [(True, "elu"), (True, "taylor"), (False, "elu"), (False, "relu")])
