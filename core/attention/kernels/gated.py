@@ -125,12 +125,12 @@ def _pairs(d_out, at, row, v, to, key, E: tl.constexpr, EP: tl.constexpr, DOT: t
 
 @triton.jit
 def _inner_gradient(
-    q, k, v, d_out, b, dq_parts, dk_parts, dq, dk, db,
+    q, k, v, d_out, b, dq_parts, dk_parts, dq, dk, along,
     qb, qh, ql, kb, kh, kl, vb, vh, vl, ob, oh, ol, H, GROUP, L, tiles, all_rows,
     F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, EP: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and db = q dq - k dk of 16 positions: through A, and through S as summed over the value tiles."""
+    """dq, dk and along = q dq - k dk of 16 positions: through A, and through S as summed over the value tiles."""
     blocks = tl.cdiv(L, ROWS)
     bh, i0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks).to(tl.int64) * ROWS
     item, h, f, c = (bh // H).to(tl.int64), (bh % H).to(tl.int64), tl.arange(0, FP), tl.arange(0, ROWS)
@@ -174,7 +174,7 @@ def _inner_gradient(
         dy += tl.sum(tl.where(c[:, None] == n, d, 0.0), 0)[:, None] * ask * fall(at - run)
     tl.store(dq + place, dx.to(dq.dtype.element_ty), mask=here)
     tl.store(dk + place, dy.to(dk.dtype.element_ty), mask=here)
-    tl.store(db + place, x * dx - y * dy, mask=here)
+    tl.store(along + place, x * dx - y * dy, mask=here)
 
 
 @triton.jit

@@ -41,23 +41,23 @@ BLOCKS = {
 """Rows and keys per block, warps and stages by (class of device, widest padded width, bytes per element). Chosen by the
 registers and shared memory that ptxas reports for sm_90a (2026-11-25); not yet timed on a GPU."""
 
-WIDEST = 128
-"""Widest head whose queries, window and state of all columns fit on one multiprocessor."""
+WIDEST = 256
+"""Most bytes in a row of a head: beyond, queries, window and the state of all columns spill out of the registers."""
 
 
-def prefers(phi, width: int, features: int, values: int, *, causal: bool, decays: bool, turns: bool) -> bool:
-    """Whether one kernel is expected to be faster than two and a merge (by bytes counted; not timed yet, 2026-11-25).
+def prefers(phi, widest: int, element_bytes: int, *, causal: bool, decays: bool, turns: bool) -> bool:
+    """Whether one kernel is expected to be faster than two and a merge (by bytes and registers; not timed, 2026-11-25).
 
     Two-sided tails sweep in both directions, which one kernel cannot. Rotated features (`turns`) need two sums, ALiBi
     (`decays`) a state per query head, maps with a floor a mean of their own: the kernels of `linear` have these. Taylor
     features are multiplied there as D-wide products, here they would be F wide. Wide heads do not fit.
 
     Args:
-        phi: the tail's map.   width, features, values: D, F, E.   causal: as in attention.
-        decays: whether weights fall with the distance.   turns: whether features are rotated or weighed per query.
+        phi: the tail's map.   widest: the largest of D, F and E.   causal: as in attention.
+        decays: whether weights fall with the distance.   turns: whether features are rotated, or learned.
     """
     plain = phi.name in MAPS and phi.name != "taylor" and phi.floor == 0
-    return causal and plain and not decays and not turns and max(width, features, values) <= WIDEST
+    return causal and plain and not decays and not turns and widest * element_bytes <= WIDEST
 
 
 @triton.jit
@@ -341,6 +341,7 @@ class _Call:
         states = None
         if parts > 1:
             states, _ = self.sums.after((d_out, far, d_den), None, self.key_time, parts, size)
+        options["BM"] = max(16, self.chunk // 2)  # two sums more on chip than the others
         _key_gradient[(parts * self.batch * self.heads,)](
             *shared, mass if states is None else states, dk, dv, dc, *strides, self.key_time, parts, size,
             STATE=states is not None, **options,

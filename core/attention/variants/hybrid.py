@@ -203,10 +203,10 @@ def _torch(*arguments) -> Attended:
 def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
     from core.attention.kernels.hybrid import hybrid_forward, prefers
 
-    widths = q.shape[3], phi.width(tail_q.shape[3]), v.shape[3]
+    widest = max(q.shape[3], phi.width(tail_q.shape[3]), v.shape[3])
     # Learned maps and rotations act before the kernels do, and may leave a level or a turn for after them.
     turns = rotary is not None or not isinstance(phi, FeatureMap)
-    if not prefers(phi, *widths, causal=causal, decays=slopes is not None, turns=turns):
+    if not prefers(phi, widest, q.element_size(), causal=causal, decays=slopes is not None, turns=turns):
         whole = q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary
         return _merged(*whole, backend="triton")
     tails = (None, None) if tail_q is q and tail_k is k else (tail_q, tail_k)

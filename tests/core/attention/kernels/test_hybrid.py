@@ -52,6 +52,49 @@ def test_half_precision(dtype, device, compare):
     run("own tail", "given", dtype, device, compare)
 
 
+def test_one_kernel_runs_where_the_rule_says_so(device, monkeypatch):
+    calls = []
+    original = fused.hybrid_forward
+    monkeypatch.setattr(fused, "hybrid_forward", lambda *x: calls.append(1) or original(*x))
+    q = torch.randn(1, 1, 20, 6, device=device)
+
+    def used(x=q, **options):
+        calls.clear()
+        got, want = (hybrid_attention(x, x, x, window=4, backend=name, **options) for name in ("triton", "torch"))
+        torch.testing.assert_close(got, want)
+        return bool(calls)
+
+    assert used(causal=True)
+    assert not used()
+    assert not used(causal=True, feature_map="relu")
+    assert not used(causal=True, slopes=alibi_slopes(1).to(device))
+    assert not used(torch.randn(1, 1, 4, 65, device=device), causal=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
+@pytest.mark.parametrize("narrow", [False, True])
+def test_operator_is_what_it_says(narrow, device):
+    q, k, v, a, c = (torch.randn(1, 2, 18, n, device=device, requires_grad=True) for n in (4, 4, 3, 2, 2))
+    tails = (a, c) if narrow else (None, None)
+    gate = torch.randn(2, device=device, requires_grad=True)
+    torch.library.opcheck(fused.hybrid_forward, (q, k, v, *tails, None, gate, "elu", 5, 0.5))
+
+
+def test_one_kernel_takes_any_strides_and_gives_the_same_bits(device):
+    mask = torch.rand(2, 30, device=device) > 0.4
+
+    def once(dense):
+        torch.manual_seed(1)
+        q, k, v = (torch.randn(2, 30, 2, n, device=device).transpose(1, 2) for n in (6, 6, 5))
+        k, v = k[:, :1].expand(-1, 2, -1, -1), v.mT.contiguous().mT
+        k, v = (torch.where(mask[:, None, :, None], x, torch.nan) if dense else x for x in (k, v))
+        tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, mass = fused.hybrid_forward(*tensors, None, None, mask, torch.zeros(2, device=device), "elu", 5, 0.5)
+        return out, mass, *torch.autograd.grad(out.square().sum(), tensors)
+
+    assert all(torch.equal(one, other) for one, other in zip(once(True), once(False)))
+
+
 @pytest.mark.parametrize(("causal", "phi"), [(True, "elu"), (True, "taylor"), (False, "elu"), (False, "relu")])
 def test_equals_the_blocked_form(causal, phi, dtype, device, compare):
     q, k, v = torch.randn(1, 2, 37, 4), torch.randn(1, 2, 37, 4), torch.randn(1, 2, 37, 5)
