@@ -63,7 +63,8 @@ def prefers(phi, widest: int, element_bytes: int, *, causal: bool, decays: bool,
 @triton.jit
 def _forward(
     q, k, v, a, c, mask, gate, states, out, mass,
-    qb, qh, ql, kb, kh, kl, vb, vh, vl, ab, ah, al, cb, ch, cl, mb, H, GROUP, L, M, W, scale, row0, key0, T, parts, size,
+    qb, qh, ql, kb, kh, kl, vb, vh, vl, ab, ah, al, cb, ch, cl, mb,
+    H, GROUP, L, M, W, scale, row0, key0, T, parts, size,
     D: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, STATE: tl.constexpr, MASK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -250,7 +251,7 @@ def _key_gradient(
 
 
 class _Call:
-    """Arguments that the launches of one call share, and the tail's timeline on which row u + row0 meets key u + key0."""
+    """Arguments that the launches of one call share; on the tail's timeline row u + row0 meets key u + key0."""
 
     def __init__(self, q, k, v, tail_q, tail_k, key_mask, gate, name: str, window: int, scale: float):
         self.same = tail_q is None

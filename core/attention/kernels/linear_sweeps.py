@@ -103,6 +103,7 @@ def prefix(
 
 @triton.jit
 def load_state(states, at, f, e, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
+    """(S [F, values], z [F]) that begin at `states` + at."""
     width: tl.constexpr = E + 1 if ONES else E
     s = tl.load(states + at + f[:, None] * width + e[None, :], mask=(f < F)[:, None] & (e < E)[None, :], other=0.0)
     z = tl.zeros_like(tl.sum(s, 1))

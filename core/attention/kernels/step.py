@@ -85,9 +85,7 @@ def _step(
         tl.store(out + row * E + e, num.to(out.dtype.element_ty), mask=e < E)
 
 
-def _launch(
-    q, k, v, key_mask, decay, gate, state, count, name: str, normalize: bool, ones: bool, out_dtype, beta=None
-):
+def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: bool, ones: bool, out_dtype, beta=None):
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     phi, (batch, heads, _, width), key_heads = phi_named(name), q.shape, k.shape[1]
     out = torch.empty(batch, heads, 1, v.shape[3], dtype=out_dtype, device=q.device)

@@ -47,6 +47,7 @@ def tile(base, at, ok, c, WIDTH: tl.constexpr):
 
 @triton.jit
 def real(mask, j, M, MASK: tl.constexpr):
+    """Whether there is a key j, and no mask hides it."""
     ok = (j >= 0) & (j < M)
     if MASK:
         ok = ok & (tl.load(mask + j, mask=ok, other=0) != 0)
