@@ -214,9 +214,8 @@ def main() -> int:
     steps = [row for heads, width in HEADS for row in decoding(64, heads, width)]
     for row in steps:
         rate = 1e3 * row["batch"] / row["step_ms"]
-        print(
-            f"{row['group']:14} step after {row['after']:6}  {row['heads']}x{row['width']}  {row['step_ms']:.3f} ms, {rate:.0f} tokens/s"
-        )
+        where = f"{row['group']:14} step after {row['after']:6}  {row['heads']}x{row['width']}"
+        print(f"{where}  {row['step_ms']:.3f} ms, {rate:.0f} tokens/s")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     environment = {
         "device": torch.cuda.get_device_name(),

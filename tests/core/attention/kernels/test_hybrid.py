@@ -5,6 +5,7 @@ import torch
 
 from core.attention import Attention, hybrid_attention, kernels
 from core.attention.feature_maps import FEATURE_MAPS
+from core.attention.kernels import decay, delta, gated
 from core.attention.kernels import hybrid as fused
 from core.attention.positions import alibi_slopes
 from core.attention.variants import hybrid
@@ -138,6 +139,25 @@ def test_a_layer_on_kernels_reads_learns_and_decodes_as_on_torch(variant, device
         results.append((y, *grads))
     for got, want in zip(results[1], results[0]):
         torch.testing.assert_close(got, want, rtol=3e-4, atol=5e-5)  # gates' gradients are differences of large sums
+
+
+@pytest.mark.parametrize("variant", ["rwkv6", "mlstm", "gated_delta"])
+def test_a_half_precision_layer_gives_the_kernels_halves(variant, device, monkeypatch):
+    layer = Attention(16, 2, variant, num_kv_heads=1, causal=True, backend="torch").to(device, torch.float16).eval()
+    x, seen = torch.randn(2, 9, 16, device=device, dtype=torch.float16), []
+    with torch.no_grad():
+        want = layer(x)
+        for module in (decay, delta, gated):
+            whole = module.scan
+            monkeypatch.setattr(module, "scan", lambda *a, whole=whole, **o: seen.append(a) or whole(*a, **o))
+        layer.backend = "triton"
+        torch.testing.assert_close(layer(x), want, rtol=1e-2, atol=1e-2)
+        read, state = layer.prefill(x[:, :8], layer.init_state(2))
+        step, _ = layer.step(x[:, 8], state)
+        torch.testing.assert_close(torch.cat((read, step[:, None]), 1), want, rtol=1e-2, atol=1e-2)
+    kinds = {tuple(str(part.dtype).removeprefix("torch.") for part in parts[:4]) for parts in seen}
+    assert kinds == {("float16", "float16", "float16", "float32")}
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("variant", ["gla", "gated_delta"])
