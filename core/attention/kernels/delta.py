@@ -34,7 +34,8 @@ from torch import Tensor
 
 from core.attention.kernels.decay import decay_backward, decay_forward
 from core.attention.kernels.features import product
-from core.attention.kernels.gated import cumulated, decays, fall, gated_backward, gated_forward, load, square, squares
+from core.attention.kernels.gated import cumulated, gated_backward, gated_forward, squares
+from core.attention.kernels.gated_sweeps import decays, fall, load, square
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous
 from core.attention.kernels.step import delta_step, is_step
 

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from core.attention.kernels import delta, features, gated, hybrid, linear, linear_sweeps, step, window
+from core.attention.kernels import delta, features, gated, gated_sweeps, hybrid, hybrid_sweeps, linear
+from core.attention.kernels import linear_sweeps, step, window
 
 ELEMENTS = {"q", "k", "v", "d_out", "out", "dq", "dk", "dv", "x", "a", "c", "da", "dc"}
 NUMBERS = {"scale", "least"}
@@ -52,10 +53,10 @@ POINTERS |= {"t", "y", "z", "dq_parts", "dk_parts", "d_end", "far", "d_gate"}
 LINEAR = [linear_sweeps.write, linear_sweeps.forward, linear_sweeps.query_gradient, linear_sweeps.key_gradient]
 LINEAR += [features.row_gradients, step._step]
 WINDOW = [window._forward, window._delta, window._query_gradient, window._key_gradient]
-GATED = [gated._cumulate, gated._inner, gated._inner_gradient, gated._write, gated._forward, gated._query_gradient]
-GATED += [gated._key_gradient]
+GATED = [gated_sweeps.cumulate, gated_sweeps.inner, gated_sweeps.inner_gradient, gated_sweeps.write]
+GATED += [gated_sweeps.forward, gated_sweeps.query_gradient, gated_sweeps.key_gradient]
 DELTA = [delta._couple, delta._solve, delta._solve_gradient]
-HYBRID = [hybrid._forward, hybrid._query_gradient, hybrid._key_gradient]
+HYBRID = [hybrid_sweeps.forward, hybrid_sweeps.query_gradient, hybrid_sweeps.key_gradient]
 names = {80: "ampere", 90: "hopper"}
 step_blocks = linear.BLOCKS[None]
 found = []
@@ -97,7 +98,7 @@ for width in (64, hybrid.WIDEST // size):
     constants = {**widths, "BN": blocks.values, "MAP": "elu", "MASK": True, "STATE": True, "SAME": False}
     constants |= {"DOT": DOT[element], "PRECISION": precision}
     for kernel in HYBRID:
-        rows = max(16, blocks.chunk // 2) if kernel is hybrid._key_gradient else blocks.chunk
+        rows = max(16, blocks.chunk // 2) if kernel is hybrid_sweeps.key_gradient else blocks.chunk
         used = build(kernel, element, arch, blocks, {**constants, "BM": rows})
         found.append((kernel.__name__, width, used))
 print(json.dumps(found))

@@ -1,11 +1,10 @@
-"""The hybrid by one kernel, and by two and a merge, against the blocked form in float64; layers that run on kernels."""
+"""The hybrid by one kernel, and by two and a merge, against the blocked form in float64."""
 
 import pytest
 import torch
 
-from core.attention import Attention, hybrid_attention, kernels
+from core.attention import hybrid_attention, kernels
 from core.attention.feature_maps import FEATURE_MAPS
-from core.attention.kernels import decay, delta, gated
 from core.attention.kernels import hybrid as fused
 from core.attention.positions import alibi_slopes
 from core.attention.variants import hybrid
@@ -114,66 +113,6 @@ def test_equals_the_blocked_form(causal, phi, dtype, device, compare):
         dtype,
         device,
     )
-
-
-VARIANTS = ["linear", "window", "hybrid", "retnet", "gla", "gated_delta", "kda", "mlstm"]
-SLOW = ["lightning", "ssd", "rwkv6", "delta"]
-
-
-@pytest.mark.parametrize("variant", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_a_layer_on_kernels_reads_learns_and_decodes_as_on_torch(variant, device):
-    results = []
-    for backend in ("torch", "triton"):
-        torch.manual_seed(0)
-        layer = Attention(12, 2, variant, num_kv_heads=1, causal=True, backend=backend).to(device)
-        x = torch.randn(2, 9, 12, device=device)
-        y = layer(x)
-        grads = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
-        with torch.no_grad():
-            read, state = layer.prefill(x[:, :7], layer.init_state(2))
-            steps = []
-            for t in (7, 8):
-                step, state = layer.step(x[:, t], state)
-                steps.append(step)
-        torch.testing.assert_close(torch.cat((read, torch.stack(steps, 1)), 1), y, rtol=1e-4, atol=1e-5)
-        results.append((y, *grads))
-    for got, want in zip(results[1], results[0]):
-        torch.testing.assert_close(got, want, rtol=3e-4, atol=5e-5)  # gates' gradients are differences of large sums
-
-
-@pytest.mark.parametrize("variant", ["rwkv6", "mlstm", "gated_delta"])
-def test_a_half_precision_layer_gives_the_kernels_halves(variant, device, monkeypatch):
-    layer = Attention(16, 2, variant, num_kv_heads=1, causal=True, backend="torch").to(device, torch.float16).eval()
-    x, seen = torch.randn(2, 9, 16, device=device, dtype=torch.float16), []
-    with torch.no_grad():
-        want = layer(x)
-        for module in (decay, delta, gated):
-            whole = module.scan
-            monkeypatch.setattr(module, "scan", lambda *a, whole=whole, **o: seen.append(a) or whole(*a, **o))
-        layer.backend = "triton"
-        torch.testing.assert_close(layer(x), want, rtol=1e-2, atol=1e-2)
-        read, state = layer.prefill(x[:, :8], layer.init_state(2))
-        step, _ = layer.step(x[:, 8], state)
-        torch.testing.assert_close(torch.cat((read, step[:, None]), 1), want, rtol=1e-2, atol=1e-2)
-    kinds = {tuple(str(part.dtype).removeprefix("torch.") for part in parts[:4]) for parts in seen}
-    assert kinds == {("float16", "float16", "float16", "float32")}
-    assert len(seen) == 3
-
-
-@pytest.mark.parametrize("variant", ["gla", "gated_delta"])
-def test_padding_and_packs_reach_the_kernels(variant, device):
-    torch.manual_seed(0)
-    x, mask = torch.randn(2, 20, 8, device=device), torch.arange(20, device=device) >= torch.tensor([[0], [7]])
-    holed = torch.where(mask.to(device).unsqueeze(-1), x, torch.nan)
-    pack, ends = x.reshape(1, 40, 8), torch.tensor([0, 3, 20, 40])
-    layer = Attention(8, 2, variant, num_kv_heads=1, causal=True, backend="torch").to(device).eval()
-    with torch.no_grad():
-        want = layer(x, key_mask=mask.to(device)), layer(pack, cu_seqlens=ends)
-        layer.backend = "triton"
-        got = layer(holed, key_mask=mask.to(device)), layer(pack, cu_seqlens=ends)
-    real = mask.to(device).unsqueeze(-1)
-    torch.testing.assert_close(torch.where(real, got[0], 0.0), torch.where(real, want[0], 0.0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
