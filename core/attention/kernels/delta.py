@@ -184,19 +184,19 @@ class _Chunks:
         blocks = choose(BLOCKS, k.device, padded(width), k.element_size())
         tile = min(blocks.values, padded(values))
         self.tiles, self.grid = -(-values // tile), (-(-values // tile) * self.batch * self.heads,)
-        self.warps = {**products(q, k, v), "num_warps": blocks.warps}
+        self.products = {**products(q, k, v), "num_warps": blocks.warps, "num_stages": blocks.stages}
         shape = {"F": width, "FP": padded(width), "C": blocks.chunk, "VECTOR": self.vector}
-        self.kind = {**shape, "E": values, "BE": tile, **self.warps, "num_stages": blocks.stages}
+        self.kind = {**shape, "E": values, "BE": tile, **self.products}
         self.b = cumulated(g if self.vector else g.unsqueeze(-1), blocks.chunk, blocks.warps)
         self.t = torch.empty(self.batch, self.heads, self.length, blocks.chunk, dtype=torch.float32, device=k.device)
         _couple[(-(-self.length // blocks.chunk) * self.batch * self.heads,)](
             self.k, self.b, self.beta, self.squares(self.k), self.t, *self.k.stride()[:3], self.heads, self.length,
-            **shape, **self.warps,
+            **shape, **self.products,
         )  # fmt: skip
 
     def squares(self, q: Tensor) -> Tensor:
         """Products with the keys, which one decay per head lets the kernels make themselves."""
-        return squares(q, self.k, self.b, self.kind["C"], self.warps, torch.float32) if self.vector else self.b
+        return squares(q, self.k, self.b, self.kind["C"], self.products, torch.float32) if self.vector else self.b
 
     def solve(self, state: Tensor | None) -> Tensor:
         """z [B, K, L, E] in the dtype of v."""
@@ -230,8 +230,9 @@ def delta_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, H, L, E], last state [B, K, F, E], both float32; z [B, K, L, E] for the backward)."""
     state = None if state is None else state.float().contiguous()
-    z = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    if 0 not in (*k.shape, v.shape[3]):
+    if 0 in (*k.shape, v.shape[3]):
+        z = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    else:
         with on(q.device):
             z = _Chunks(q, k, v, g, beta).solve(state)
     out, end = (gated_forward if g.dim() == 4 else decay_forward)(q, k, _written(z, beta), g, state)
@@ -254,8 +255,10 @@ def delta_backward(
     """(dq, dk, dv, dg, d beta, d first state)."""
     keys = k.shape[1]
     d_end = None if d_end is None else d_end.float().contiguous()
-    y, x = torch.zeros(v.shape, dtype=torch.float32, device=v.device), _written(z, beta)
-    if 0 not in (*k.shape, v.shape[3]):
+    x = _written(z, beta)
+    if 0 in (*k.shape, v.shape[3]):
+        y = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
+    else:
         with on(q.device):
             y = _Chunks(q, k, v, g, beta).gradient(q, d_out, d_end)
     readers = torch.cat((q.unflatten(1, (keys, -1)), k.unsqueeze(2)), 2).flatten(1, 2)
@@ -267,7 +270,7 @@ def delta_backward(
     d_beta = ((dx + wide.square().sum(-1, keepdim=True) * y) * z).sum(-1)
     dk = dk + d_readers[:, :, -1] + 2 * (y * x).sum(-1, keepdim=True) * wide
     dq = d_readers[:, :, :-1].flatten(1, 2).contiguous()
-    return dq, dk.to(k.dtype), y.to(v.dtype, copy=True), dg, d_beta.to(beta.dtype), d_first
+    return dq, dk.to(k.dtype), y.to(v.dtype), dg, d_beta.to(beta.dtype), d_first
 
 
 @delta_forward.register_fake

@@ -95,9 +95,9 @@ class Gated:
         self.chunk, tile = blocks.chunk, min(blocks.values, padded(self.values))
         self.tiles = max(1, -(-self.values // tile))
         self.parts, self.size = segments(self.length, self.chunk, self.batch * self.heads * self.tiles, q.device)
-        self.products = {**products(q, k, v), "num_warps": blocks.warps}
+        self.products = {**products(q, k, v), "num_warps": blocks.warps, "num_stages": blocks.stages}
         self.sizes = {"F": self.width, "E": self.values, "FP": padded(self.width), "C": self.chunk}
-        self.kind = {**self.sizes, "BE": tile, **self.products, "num_stages": blocks.stages}
+        self.kind = {**self.sizes, "BE": tile, **self.products}
         self.shared = self.group, self.length, self.tiles, self.parts, self.size
         self.grid = (self.tiles * self.parts * self.batch * self.heads,)
         if not self.empty_input:

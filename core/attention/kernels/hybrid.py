@@ -123,7 +123,7 @@ class _Call:
         """(dq, dk, dv, d tail q, d tail k, d gate); without a tail of their own the fourth and fifth hold nothing."""
         d_out = rows_contiguous(d_out)
         delta = delta_of(d_out, out, d_mass)
-        # The factor of phi.phi in a weight. A mass below e^-80 has a tail below it: neither then reaches a gradient.
+        # The factor of phi.phi in a weight, capped near the end of float32, where phi.phi is below e^-80 itself.
         far = torch.where(mass == -torch.inf, 0.0, (self.gate[:, None] - mass).clamp(max=80.0).exp())
         d_den = -far * delta
         shared = self.q, self.k, self.v, self.a, self.c, d_out, mass, delta, far, d_den, self.mask
