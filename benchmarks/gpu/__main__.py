@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,11 +138,11 @@ def decoding(batch: int, heads: int, width: int) -> list[dict]:
         with torch.no_grad():
             _, state = linear_attention(q, k, v, causal=True, return_state=True)
             state = {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}
-            _, memory = recurrence(q, k, v, "gated delta", "triton")
-            memory = memory.expand(batch, -1, -1, -1).contiguous()
+            delta = partial(recurrence, group="gated delta", backend="triton")
+            memory = delta(q, k, v)[1].expand(batch, -1, -1, -1).contiguous()
             ms = {
                 "linear": timed(lambda token=token, state=state: linear_attention(*token, causal=True, state=state)),
-                "gated delta": timed(lambda token=token, s=memory: recurrence(*token, "gated delta", "triton", s)),
+                "gated delta": timed(lambda token=token, state=memory, delta=delta: delta(*token, state=state)),
             }
         shape = {"after": length, "batch": batch, "heads": heads, "width": width}
         rows += [{"group": group, **shape, "step_ms": time} for group, time in ms.items()]
