@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.contenders import REFERENCES, WINDOW, Contender, ours, peers, recurrence
+from benchmarks.gpu.contenders import REFERENCES, SPARSE, Contender, ours, pairs, peers, recurrence
 from core.attention import linear_attention
 
 TOKENS = 65536
@@ -72,9 +72,8 @@ def limits() -> dict[str, float]:
 def roofline_ms(group: str, heads: int, length: int, width: int, both: bool, limit: dict[str, float]) -> float:
     """Least time of the group's mechanism: inputs and outputs moved once, FLOPs of the chunked or banded form."""
     rows = max(1, TOKENS // length) * length * heads
-    pairs = {"softmax": length / 2, "window": WINDOW, "hybrid": WINDOW}.get(group, 0)
-    flops = 4 * pairs * width
-    if group not in ("softmax", "window"):
+    flops = 4 * pairs(group, length) * width
+    if group not in ("softmax", "window", *SPARSE):
         chunked = 4 * width * width + (0 if group == "linear both" else 4 * CHUNK * width)
         flops += chunked * (2 if group.endswith("delta") else 1)  # finding what is written costs as much as reading
     moved = 2 * 4 * width
@@ -184,7 +183,7 @@ def main() -> int:
         found = {width: fault(one, width) for _, width in HEADS}
         why = "; ".join(f"width {width}: {text}" for width, text in found.items() if text)
         print(f"{'left out' if why else 'right':8}  {one.group:14} {one.name:28} {why}", flush=True)
-        failed += bool(why) and one.name.startswith("longspan triton")
+        failed += bool(why) and one.name.startswith(("longspan triton", "longspan flex"))
         right += [] if why else [one]
     if arguments.check or failed:
         print(f"{failed} of our kernels are wrong: nothing is timed" if failed else "all of our kernels are right")

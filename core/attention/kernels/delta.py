@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.attention.blocked.pairs import join_scan
 from core.attention.kernels.decay import decay_backward, decay_forward
 from core.attention.kernels.features import product
 from core.attention.kernels.gated import cumulated, gated_backward, gated_forward, squares
@@ -273,26 +274,4 @@ def delta_backward(
     return dq, dk.to(k.dtype), y.to(v.dtype), dg, d_beta.to(beta.dtype), d_first
 
 
-@delta_forward.register_fake
-def _(q, k, v, g, beta, state):
-    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
-    end = q.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
-    return out, end, v.new_empty(v.shape)
-
-
-@delta_backward.register_fake
-def _(d_out, d_end, q, k, v, g, beta, state, end, z):
-    return (*(x.new_empty(x.shape) for x in (q, k, v, g, beta)), torch.empty_like(end))
-
-
-def _setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs, *output[1:])
-
-
-def _backward(ctx, d_out, d_end, _d_z):
-    *grads, ds = delta_backward(d_out, d_end, *ctx.saved_tensors)
-    return *grads, ds if ctx.saved_tensors[5] is not None else None
-
-
-delta_forward.register_autograd(_backward, setup_context=_setup)
+join_scan(delta_forward, delta_backward, kept=1)

@@ -27,6 +27,7 @@ Serves, when asked for: float32, float16 and bfloat16 up to 256 features; `launc
 import torch
 from torch import Tensor
 
+from core.attention.blocked.pairs import join_scan
 from core.attention.kernels.gated_sweeps import (
     ROWS,
     cumulate,
@@ -210,24 +211,4 @@ def gated_backward(
         return dq, dk, dv, db.flip(2).cumsum(2).flip(2).to(g.dtype), d_first
 
 
-@gated_forward.register_fake
-def _(q, k, v, g, state):
-    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
-    return out, q.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
-
-
-@gated_backward.register_fake
-def _(d_out, d_end, q, k, v, g, state, end):
-    return (*(x.new_empty(x.shape) for x in (q, k, v, g)), torch.empty_like(end))
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _backward(ctx, d_out, d_end):
-    *grads, ds = gated_backward(d_out, d_end, *ctx.saved_tensors)
-    return *grads, ds if ctx.saved_tensors[4] is not None else None
-
-
-gated_forward.register_autograd(_backward, setup_context=_setup)
+join_scan(gated_forward, gated_backward)
