@@ -72,7 +72,7 @@ def test_one_kernel_runs_where_the_rule_says_so(device, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_operator_is_what_it_says(narrow, device):
     q, k, v, a, c = (torch.randn(1, 2, 18, n, device=device, requires_grad=True) for n in (4, 4, 3, 2, 2))
     tails = (a, c) if narrow else (None, None)

@@ -6,8 +6,8 @@ import torch
 from core.attention import Attention
 from core.attention.kernels import decay, delta, gated
 
-VARIANTS = ["linear", "window", "hybrid", "retnet", "gla", "gated_delta", "kda", "mlstm"]
-SLOW = ["lightning", "ssd", "rwkv6", "delta"]
+VARIANTS = ["linear", "window", "hybrid", "retnet", "gla", "gated_delta", "mlstm"]
+SLOW = ["kda", "lightning", "ssd", "rwkv6", "delta"]
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -31,7 +31,7 @@ def test_a_layer_on_kernels_reads_learns_and_decodes_as_on_torch(variant, device
         torch.testing.assert_close(got, want, rtol=3e-4, atol=5e-5)  # gates' gradients are differences of large sums
 
 
-@pytest.mark.parametrize("variant", ["rwkv6", "mlstm", "gated_delta"])
+@pytest.mark.parametrize("variant", ["rwkv6", "gated_delta", pytest.param("mlstm", marks=pytest.mark.slow)])
 def test_a_half_precision_layer_gives_the_kernels_halves(variant, device, monkeypatch):
     layer = Attention(16, 2, variant, num_kv_heads=1, causal=True, backend="torch").to(device, torch.float16).eval()
     x, seen = torch.randn(2, 9, 16, device=device, dtype=torch.float16), []
