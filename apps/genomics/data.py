@@ -308,7 +308,10 @@ def _names(recipe: GenomicsRecipe, train: Sequence[Record]) -> list[str]:
         return []
     if options.features is not None:
         return class_names(options.features, options.feature_labels)
-    return find_names(recipe.task, train, options.label if isinstance(options.label, list) else None)
+    columns = options.label if isinstance(options.label, list) else None
+    if recipe.task == "regression" and isinstance(options.label, str):
+        columns = [options.label]
+    return find_names(recipe.task, train, columns)
 
 
 def _tokens(recipe: GenomicsRecipe, alphabet: Alphabet, train: Sequence[np.ndarray]) -> Tokens:
