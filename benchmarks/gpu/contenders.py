@@ -7,7 +7,7 @@ own (fla's decay has no normaliser) are timed and named, not compared.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -17,10 +17,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.attention import hybrid_attention, linear_attention, sliding_window_attention
 from core.attention.backends import resolve
+from core.attention.contract import Heads
 from core.attention.positions import alibi_slopes
-from core.attention.registry import variant_class
+from core.attention.registry import build, variant_class
 
 WINDOW = 128
+SPARSE = {
+    "dilated": {"window": WINDOW, "dilation": 4},
+    "strided": {"stride": WINDOW},
+    "fixed": {"stride": WINDOW},
+    "bigbird": {},
+}
+"""Variants with a pattern of keys, and their options."""
 QUADRATIC, LOOPING = 65536, 16384
 """Longest sequences for contenders that are quadratic, and that loop over blocks in Python."""
 
@@ -58,6 +66,18 @@ def _scan(q, k, v, backend):
     return resolve("decay", backend, q.device.type, q.dtype, ()).run("decay", q, k, v, g)[0]
 
 
+def _pattern(q, k, v, name, backend):
+    heads = Heads(q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    return build(name, heads, **SPARSE[name])(q, k, v, causal=True, backend=backend).out
+
+
+def pairs(group: str, length: int) -> float:
+    """Keys that a query sees exactly, in the mean."""
+    if group in SPARSE:
+        return build(group, Heads(1, 1, 1, 1), **SPARSE[group]).cost(1, length, causal=True).flops / (4 * length)
+    return {"softmax": length / 2, "window": WINDOW, "hybrid": WINDOW}.get(group, 0)
+
+
 REFERENCES = {
     "linear causal": partial(linear_attention, causal=True, backend="reference"),
     "linear both": partial(linear_attention, backend="reference"),
@@ -66,11 +86,12 @@ REFERENCES = {
     "window": partial(sliding_window_attention, window=WINDOW, causal=True, backend="reference"),
     "hybrid": partial(hybrid_attention, window=WINDOW, causal=True, backend="reference"),
     "softmax": partial(F.scaled_dot_product_attention, is_causal=True),
+    **{name: partial(_pattern, name=name, backend="reference") for name in SPARSE},
 }
 
 
 def ours() -> list[Contender]:
-    """Every mechanism with a kernel, by kernel and by torch."""
+    """Every mechanism with a kernel, by kernel, by flex-attention and by torch."""
     made = []
     for backend in ("triton", "torch"):
         add = partial(_ours, backend=backend)
@@ -82,7 +103,8 @@ def ours() -> list[Contender]:
             add("window", sliding_window_attention, window=WINDOW, causal=True),
             add("hybrid", hybrid_attention, window=WINDOW, causal=True),
         ]
-    return made
+    made.append(_ours("window", sliding_window_attention, "flex", window=WINDOW, causal=True))
+    return made + [_ours(name, _pattern, backend, name=name) for name in SPARSE for backend in ("flex", "torch")]
 
 
 def _ours(group: str, run: Callable, backend: str, **options) -> Contender:
@@ -97,7 +119,6 @@ def peers() -> list[Contender]:
         for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
     ]
     found.append(Contender("two matmuls, torch.compile", "linear both", _two_products(), "linear both"))
-    found.append(Contender("flex-attention", "window", _flex, "window"))
     if find_spec("flash_attn"):
         flash = import_module("flash_attn").flash_attn_func
         found += [
@@ -127,21 +148,6 @@ def _two_products():
         return (fq @ mean) / (fq @ fk.mean(2).unsqueeze(-1))
 
     return torch.compile(run, dynamic=True)
-
-
-@cache
-def _flex_parts(length: int):
-    flex = import_module("torch.nn.attention.flex_attention")
-
-    def band(b, h, i, j):
-        return (j <= i) & (i - j < WINDOW)
-
-    return torch.compile(flex.flex_attention), flex.create_block_mask(band, None, None, length, length, device="cuda")
-
-
-def _flex(q, k, v):
-    run, mask = _flex_parts(q.shape[2])
-    return run(q, k, v, block_mask=mask)
 
 
 def _flash(q, k, v, flash, window):

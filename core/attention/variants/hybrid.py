@@ -45,9 +45,10 @@ from core.attention.grid import ValueConvolution, last_positions
 from core.attention.learned_maps import LearnedMap
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
+from core.attention.ring import empty_ring, extend_ring, keep_ring
 from core.attention.variants import linear
 from core.attention.variants.window import attend as attend_window
-from core.attention.variants.window import band_pairs, check_window, empty_ring, extend_ring, keep_ring
+from core.attention.variants.window import band_pairs, check_nearest, check_window
 
 
 def reference(
@@ -144,10 +145,7 @@ def hybrid_attention(
             f"more queries than new keys with a state: where would the first {q.shape[2] - k.shape[2]} stand? "
             f"got L={q.shape[2]}, M={k.shape[2]}"
         )
-    if not causal and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
-        )
+    check_nearest(q, k, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     parts = {"window": window, "phi": phi, "gate": gate, "slopes": slopes, "scale": scale, "backend": backend}
     if state is None and not return_state:

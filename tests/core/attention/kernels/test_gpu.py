@@ -1,10 +1,17 @@
-"""On a GPU, at sizes that fill it: the bound of the plain formula, the same bits twice, long sequences, CUDA graphs."""
+"""On a GPU, at sizes that fill it: the bound of the plain formula, the same bits twice, long sequences, CUDA graphs.
+
+Our kernels, and flex-attention under the patterns of the sparse variants.
+"""
+
+from functools import partial
 
 import pytest
 import torch
 
 from core.attention import hybrid_attention, linear_attention, sliding_window_attention
+from core.attention.contract import Heads, Inputs
 from core.attention.positions import alibi_slopes
+from core.attention.registry import build
 
 pytestmark = pytest.mark.gpu
 
@@ -19,6 +26,28 @@ MECHANISMS = {
 }
 
 
+def sparse(q, k, v, *, name, backend, causal=True, key_mask=None, slopes=None, **options):
+    """A sparse variant; its own weights and the layer's input are the same numbers in every dtype."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        variant = build(name, Heads(q.shape[1], k.shape[1], q.shape[3], v.shape[3], 32), **options).bfloat16().to(q)
+        x = torch.randn(q.shape[0], q.shape[2], 32).bfloat16().to(q)
+    given = {"slopes": slopes if "alibi" in variant.positions else None, "inputs": Inputs(x)}
+    return variant(q, k, v, causal=causal, key_mask=key_mask, backend=backend, **given).out
+
+
+PATTERNS = {
+    "dilated": (partial(sparse, name="dilated"), {"window": 40, "dilation": 3}),
+    "dilated, both": (partial(sparse, name="dilated"), {"window": 40, "dilation": 3, "causal": False}),
+    "strided": (partial(sparse, name="strided"), {"stride": 90}),
+    "fixed": (partial(sparse, name="fixed"), {"stride": 90}),
+    "bigbird": (partial(sparse, name="bigbird"), {"block": 32}),
+    "longformer": (partial(sparse, name="longformer"), {"window": 100, "global_tokens": 3}),
+}
+CASES = [(name, "triton") for name in MECHANISMS]
+CASES += [(name, "flex") for name in ("window", "window, both", *PATTERNS)]
+
+
 def inputs(name, length, dtype, device, heads=8, kept=2, batch=2):
     width = 16 if name == "taylor" else 64
     generator = torch.Generator(device).manual_seed(0)
@@ -28,21 +57,22 @@ def inputs(name, length, dtype, device, heads=8, kept=2, batch=2):
 
 
 def results(name, backend, tensors, **extra):
-    attention, options = MECHANISMS[name]
+    attention, options = {**MECHANISMS, **PATTERNS}[name]
     out = attention(*tensors, backend=backend, **options, **extra)
     return out, *torch.autograd.grad(out.to(torch.promote_types(out.dtype, torch.float32)).square().sum(), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("decayed", [False, True])
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_error_is_at_most_twice_that_of_the_plain_formula(name, decayed, dtype, device):
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_error_is_at_most_twice_that_of_the_plain_formula(name, backend, decayed, dtype, device):
     near = inputs(name, LENGTH, dtype, device)
     wide = [x.detach().double().requires_grad_() for x in near]
     mask = torch.rand(2, LENGTH, device=device) > 0.1
+    mask[0, :5] = False  # causal, these queries see nothing
     extra = {"key_mask": mask, "slopes": alibi_slopes(8).to(device) if decayed else None}
     truth, plain = results(name, "reference", wide, **extra), results(name, "reference", near, **extra)
-    got = results(name, "triton", near, **extra)
+    got = results(name, backend, near, **extra)
     tiny = 1e-6 if dtype == torch.float32 else 1e-5
     for n, (mine, rough, exact) in enumerate(zip(got, plain, truth)):
         error, limit = ((x.double() - exact).abs().max().item() for x in (mine, rough))
@@ -68,6 +98,17 @@ def test_more_numbers_than_32_bits_can_count(name, device):
     v[:, :, length // 2 :] = 1
     last = attention(q, q, v, backend="triton", **options)[:, :, -10:]
     torch.testing.assert_close(last, torch.full_like(last, 1.0 if name == "window" else 0.5), rtol=1e-2, atol=1e-2)
+
+
+def test_a_long_sequence_by_flex_keeps_no_square_tensor(device):
+    """131,072 tokens: a mask of all pairs would take 16 GiB; every length after the second runs what is compiled."""
+    for length in (1000, 3000, 131072):
+        q = torch.ones(1, 2, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        out = sliding_window_attention(q, q, q, window=64, causal=True, backend="flex")
+        out.sum().backward()
+        torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-2, atol=1e-2)
+    assert torch.cuda.max_memory_allocated() < 2**31
 
 
 def test_runs_inside_a_cuda_graph(device):
