@@ -71,6 +71,37 @@ def join_sums(forward: Any, backward: Any) -> None:
     _join(forward, backward, shapes, like_inputs, setup, gradients)
 
 
+def join_scan(forward: Any, backward: Any, kept: int = 0) -> None:
+    """Register `backward` as the gradient of `forward`, a gated recurrence by a kernel, in float32.
+
+    Args:
+        forward: (q, k, v, *gates, state or None) -> (out [B, H, L, E], last state [B, K, F, E], *kept like v).
+        backward: (d_out, d_end, q, k, v, *gates, state or None, last state, *kept) -> gradients of q, k, v, the gates
+            and the first state.
+        kept: outputs that only the backward wants.
+    """
+
+    def shapes(q: Tensor, k: Tensor, v: Tensor, *_):
+        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+        end = q.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
+        return out, end, *_like(*[v] * kept)
+
+    def setup(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.started = inputs[-1] is not None
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    def gradients(ctx, d_out, d_end, *_):
+        *grads, d_state = backward(d_out, d_end, *ctx.saved_tensors)
+        return *grads, d_state if ctx.started else None
+
+    def like_inputs(d_out, d_end, *tensors):
+        *inputs, _, end = tensors[: len(tensors) - kept]
+        return *_like(*inputs), torch.empty_like(end)
+
+    _join(forward, backward, shapes, like_inputs, setup, gradients)
+
+
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 

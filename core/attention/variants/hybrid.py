@@ -195,20 +195,27 @@ def _reference(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slo
 
 @implementation("hybrid", "torch", serves=("state", "wide features"))
 def _torch(*arguments) -> Attended:
-    return _merged(*arguments, backend="torch")
+    return merged(*arguments, backend="torch")
 
 
-def _triton(*arguments) -> Attended:
-    return _merged(*arguments, backend="triton")
+def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
+    from core.attention.kernels.hybrid import hybrid_forward, prefers
+
+    widest = max(q.shape[3], phi.width(tail_q.shape[3]), v.shape[3])
+    # Learned maps and rotations act before the kernels do, and may leave a level or a turn for after them.
+    turns = rotary is not None or not isinstance(phi, FeatureMap)
+    if not prefers(phi, widest, q.element_size(), causal=causal, decays=slopes is not None, turns=turns):
+        whole = q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary
+        return merged(*whole, backend="triton")
+    tails = (None, None) if tail_q is q and tail_k is k else (tail_q, tail_k)
+    return Attended(*hybrid_forward(q, k, v, *tails, key_mask, gate, phi.name, window, scale))
 
 
 if kernels.PRESENT:
     implementation("hybrid", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
-def _merged(
-    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, *, backend
-) -> Attended:
+def merged(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, *, backend) -> Attended:
     """The window and the tail, each by its own kernel, and their merge."""
     behind = k.shape[2] - q.shape[2] - window  # the newest key of query 0's tail
     tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)  # once for both sides

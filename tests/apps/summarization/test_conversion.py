@@ -1,0 +1,243 @@
+"""Stock models of transformers with our attention: equal to the original where ours is softmax or sees everything."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from apps.summarization.conversion import convert, grow_positions, load_stock  # noqa: E402
+from apps.summarization.transformers_attention import ATTRIBUTE, use_attention  # noqa: E402
+from core.training.errors import UserError  # noqa: E402
+
+SIZES = {"vocab_size": 60, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0}
+BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
+
+
+def stock(family):
+    torch.manual_seed(0)
+    if family == "bart":
+        config = transformers.BartConfig(**SIZES, **BART, max_position_embeddings=64)
+    elif family == "led":
+        config = transformers.LEDConfig(
+            **SIZES, **BART, max_encoder_position_embeddings=96, max_decoder_position_embeddings=64, attention_window=40
+        )
+    else:
+        t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1}
+        config = transformers.T5Config(**SIZES, **t5)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4.0 if weight.std() < 0.1 else 1.5)  # so that attention is far from uniform
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    torch.manual_seed(1)
+    ids = torch.randint(3, 60, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[1, 31:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, 60, (2, 7))}
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("attention", [{"variant": "softmax"}, {"variant": "window", "window": 40}], ids=str)
+@pytest.mark.parametrize("family", ["bart", "t5", "led"])
+def test_outputs_are_the_originals_where_all_is_seen(family, attention, inputs):
+    model = stock(family)
+    if family == "led":  # its own window of 40 tokens is 20 to each side: let it see everything, too
+        model.config.attention_window = [80, 80]
+        for layer in model.get_encoder().layers:
+            layer.self_attn.longformer_self_attn.one_sided_attn_window_size = 40
+    want = logits(model, inputs)
+    summary = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    written = model.generate(**summary, num_beams=3, max_new_tokens=8)
+    changed = copy.deepcopy(model)
+    if family == "t5" and attention["variant"] == "window":
+        with pytest.raises(ValueError, match="drop_bias"):
+            convert(changed, attention)
+        return
+    convert(changed, attention, length=200)
+    torch.testing.assert_close(logits(changed, inputs), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(changed.generate(**summary, num_beams=3, max_new_tokens=8), written)
+    other = convert(copy.deepcopy(model), {"variant": "linear"}, drop_bias=True)
+    assert (logits(other, inputs) - want).abs().max() > 1e-3, "the outputs do not depend on the attention"
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_cross_attention_becomes_hepos(family, inputs):
+    model = stock(family)
+    want = logits(model, inputs)
+    one = convert(copy.deepcopy(model), {"variant": "softmax"}, cross={"variant": "hepos", "stride": 1})
+    torch.testing.assert_close(logits(one, inputs), want, atol=1e-4, rtol=1e-4)
+    two = convert(copy.deepcopy(model), {"variant": "softmax"}, cross={"variant": "hepos", "stride": 2})
+    assert (logits(two, inputs) - want).abs().max() > 1e-3
+    source = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    cached = two.generate(**source, max_new_tokens=6, use_cache=True)
+    assert torch.equal(cached, two.generate(**source, max_new_tokens=6, use_cache=False))
+
+
+def test_what_cannot_be_converted_is_refused(inputs):
+    with pytest.raises(ValueError, match="cross-attention of LED"):
+        convert(stock("led"), {"variant": "softmax"}, cross={"variant": "hepos"})
+    led = convert(stock("led"), {"variant": "softmax"})
+    marked = torch.zeros_like(inputs["input_ids"])
+    marked[:, 0] = 1
+    with pytest.raises(ValueError, match="leave global_attention_mask out"):
+        led(**inputs, global_attention_mask=marked)
+    with pytest.raises(ValueError, match=r"'gla' cannot do 'bidirectional'|reads the layer's input"):
+        convert(stock("bart"), {"variant": "gla"})
+
+
+def test_the_position_table_grows_by_repetition_and_is_never_cut():
+    encoder = stock("bart").get_encoder()
+    before = encoder.embed_positions.weight.detach().clone()
+    grow_positions(encoder, 150)
+    after = encoder.embed_positions.weight
+    assert torch.equal(after[:66], before)
+    assert torch.equal(after[66:130], before[2:])
+    assert len(after) == 152
+    with pytest.raises(ValueError, match="150 rows, more than the 64"):
+        grow_positions(encoder, 64)
+    text = torch.randint(3, 60, (1, 150))
+    assert encoder(input_ids=text).last_hidden_state.shape == (1, 150, 32)
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=1,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_decoder_only_model_stays_itself_with_softmax(llama, inputs):
+    given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    want = logits(llama, given)
+    written = llama.generate(given["input_ids"][:1], max_new_tokens=6, do_sample=False)
+    assert use_attention(llama, "softmax") == 2
+    real = given["attention_mask"].bool()
+    torch.testing.assert_close(logits(llama, given)[real], want[real], atol=1e-5, rtol=1e-4)
+    assert torch.equal(llama.generate(given["input_ids"][:1], max_new_tokens=6, do_sample=False), written)
+
+
+@pytest.mark.parametrize("variant", ["softmax", "linear", "hybrid", "window"])
+def test_causality_and_padding_reach_our_attention(llama, inputs, variant):
+    use_attention(llama, variant, **({"window": 8} if variant in ("hybrid", "window") else {}))
+    ids = inputs["input_ids"][:1]
+    changed = ids.clone()
+    changed[0, 30] = 3 if ids[0, 30] != 3 else 4
+    before, after = (logits(llama, {"input_ids": x}) for x in (ids, changed))
+    assert torch.equal(before[0, :30], after[0, :30])
+    assert (before[0, 30:] - after[0, 30:]).abs().max() > 1e-4
+    padded = {"input_ids": torch.cat([ids[:, :30], torch.full((1, 5), 9)], 1)}
+    mask = torch.ones(1, 35, dtype=torch.int64)
+    mask[0, 30:] = 0
+    short = logits(llama, {"input_ids": ids[:, :30]})
+    torch.testing.assert_close(logits(llama, {**padded, "attention_mask": mask})[:, :30], short, atol=1e-5, rtol=1e-4)
+
+
+def test_the_choice_is_on_every_module_and_weights_of_a_map_are_trained(llama, inputs):
+    use_attention(llama, "linear", feature_map="hedgehog")
+    learned = [name for name, _ in llama.named_parameters() if ATTRIBUTE in name]
+    assert learned
+    llama(input_ids=inputs["input_ids"]).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in llama.named_parameters() if ATTRIBUTE in n)
+
+
+def test_a_model_that_wants_a_window_of_its_own_is_told(inputs):
+    config = transformers.MistralConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    use_attention(model, "linear")
+    with pytest.raises(ValueError, match=r"causal and padding masks|sliding_window"):
+        model(input_ids=inputs["input_ids"])
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(3, 60)} | {"<s>": 0, "<pad>": 1, "</s>": 2}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return inner
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_checkpoint_folder_trains_predicts_and_comes_back(family, tmp_path, write_rows):
+    from core.training.fit import fit
+    from core.training.predict import predict
+    from core.training.recipe import load_recipe
+    from core.training.run import load_run
+
+    folder = tmp_path / "stock"
+    stock(family).save_pretrained(folder)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    given = [
+        {"id": str(i), "document": f"w{5 + i} w9 w10. w{20 + i} w4 w8 w7.", "summary": f"w{5 + i} w4"}
+        for i in range(12)
+    ]
+    path = write_rows(tmp_path / "own.jsonl", given)
+    overrides = [
+        f"data.train={path}",
+        f"model.checkpoint={folder}",
+        "model.cross={variant: hepos, stride: 2}",
+        "data.max_tokens=80",
+        "model.max_summary=8",
+        "trainer.max_steps=2",
+        "trainer.batch_size=4",
+        "trainer.accelerator=cpu",
+    ]
+    attention = "attention=hybrid" if family == "bart" else "attention=softmax"
+    fit(load_recipe("summarization/checkpoint", [*overrides, attention]), run_dir=tmp_path / "run", quiet=True)
+    ids = load_run(tmp_path / "run").spec["tokenizer"]
+    assert ids["kind"] == "checkpoint"
+    before = predict(tmp_path / "run", path, tmp_path / "a.jsonl")
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    after = predict(tmp_path / "run", path, tmp_path / "b.jsonl")
+    rows = [[json.loads(line) for line in file[0].read_text().splitlines()] for file in (before, after)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 12
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config.json"):
+        load_stock(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"holds no tokenizer.json"):
+        load_stock(tmp_path)
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="is a 'bert' model; known: bart"):
+        load_stock(tmp_path)
