@@ -22,7 +22,7 @@ HEAD = """\
 
 Written by `docs/make_variants.py` from the registry; do not edit. The command line shows the same with
 `longspan list variants`. What the words mean, and how to choose, is in [attention.md](attention.md); what each
-remembers is measured by `longspan bench --suite recall`, how fast it is on your machine by `longspan bench`.
+remembers is in [recall.md](recall.md), how fast it is on your machine is measured by `longspan bench`.
 """
 
 PICK_TEXT = """\

@@ -9,13 +9,13 @@ import torch
 from apps.timeseries.baselines import fit_ridge
 from apps.timeseries.clock import Clock, written
 from apps.timeseries.generated import Generated, generate
-from apps.timeseries.model import pack
 from apps.timeseries.recipe import DataSection, TimeSeriesRecipe
 from apps.timeseries.splits import Borders, find_borders
 from apps.timeseries.table import Table, read_table
 from apps.timeseries.windows import Scaler, Windows, fill_forward
 from core.training.data import Data
 from core.training.errors import UserError
+from core.training.matrices import pack
 from core.training.files import find_file
 
 READING = ("time", "targets", "frequency", "timestamps", "missing", "sentinels")

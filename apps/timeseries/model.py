@@ -11,15 +11,14 @@ iTransformer (Liu et al. 2024, arXiv:2310.06625), window scaling from RevIN (Kim
 DLinear (Zeng et al. 2023, arXiv:2205.13504). Where we differ: no affine weights in RevIN, no batch norm.
 """
 
-import base64
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from apps.timeseries.recipe import TimeSeriesRecipe
 from core.backbone import Encoder
+from core.training.matrices import unpack
 
 
 class Patches(nn.Module):
@@ -171,15 +170,3 @@ def build_model(recipe: TimeSeriesRecipe, spec: dict[str, Any]) -> Forecaster:
         ridge=unpack(spec["ridge"]) if model.shortcut == "ridge" else None,
         quantiles=model.quantiles if model.output == "quantiles" else None,
     )
-
-
-def pack(matrix: Tensor) -> dict[str, Any]:
-    """A float32 matrix as plain JSON types, exactly: a spec holds nothing else."""
-    array = matrix.detach().cpu().numpy().astype("<f4")
-    return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode("ascii")}
-
-
-def unpack(packed: dict[str, Any]) -> Tensor:
-    """The matrix that `pack` packed."""
-    array = np.frombuffer(base64.b64decode(packed["float32"]), dtype="<f4").reshape(packed["shape"])
-    return torch.from_numpy(array.copy())

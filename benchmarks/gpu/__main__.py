@@ -18,11 +18,12 @@ import statistics
 import subprocess
 import sys
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.contenders import REFERENCES, WINDOW, Contender, ours, peers
+from benchmarks.gpu.contenders import REFERENCES, SPARSE, Contender, ours, pairs, peers, recurrence
 from core.attention import linear_attention
 
 TOKENS = 65536
@@ -71,10 +72,10 @@ def limits() -> dict[str, float]:
 def roofline_ms(group: str, heads: int, length: int, width: int, both: bool, limit: dict[str, float]) -> float:
     """Least time of the group's mechanism: inputs and outputs moved once, FLOPs of the chunked or banded form."""
     rows = max(1, TOKENS // length) * length * heads
-    pairs = {"softmax": length / 2, "window": WINDOW, "hybrid": WINDOW}.get(group, 0)
-    flops = 4 * pairs * width
-    if group not in ("softmax", "window"):
-        flops += 4 * width * width + (0 if group == "linear both" else 4 * CHUNK * width)
+    flops = 4 * pairs(group, length) * width
+    if group not in ("softmax", "window", *SPARSE):
+        chunked = 4 * width * width + (0 if group == "linear both" else 4 * CHUNK * width)
+        flops += chunked * (2 if group.endswith("delta") else 1)  # finding what is written costs as much as reading
     moved = 2 * 4 * width
     if both:
         flops, moved = 3.5 * flops, moved + 2 * 8 * width
@@ -128,16 +129,22 @@ def measure(one: Contender, heads: int, width: int, length: int, limit: dict[str
 
 
 def decoding(batch: int, heads: int, width: int) -> list[dict]:
-    """Milliseconds per token of a linear decoding step after contexts of different lengths."""
+    """Milliseconds per token of a decoding step after contexts of different lengths."""
     rows = []
     for length in (1024, 65536):
         q, k, v = inputs(heads, length, width, tokens=length)
-        _, state = linear_attention(q, k, v, causal=True, return_state=True)
-        state = {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}
         token = [x[:, :, :1].expand(batch, -1, -1, -1).contiguous() for x in (q, k, v)]
         with torch.no_grad():
-            ms = timed(lambda token=token, state=state: linear_attention(*token, causal=True, state=state))
-        rows.append({"after": length, "batch": batch, "heads": heads, "width": width, "step_ms": ms})
+            _, state = linear_attention(q, k, v, causal=True, return_state=True)
+            state = {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}
+            delta = partial(recurrence, group="gated delta", backend="triton")
+            memory = delta(q, k, v)[1].expand(batch, -1, -1, -1).contiguous()
+            ms = {
+                "linear": timed(lambda token=token, state=state: linear_attention(*token, causal=True, state=state)),
+                "gated delta": timed(lambda token=token, state=memory, delta=delta: delta(*token, state=state)),
+            }
+        shape = {"after": length, "batch": batch, "heads": heads, "width": width}
+        rows += [{"group": group, **shape, "step_ms": time} for group, time in ms.items()]
     return rows
 
 
@@ -176,7 +183,7 @@ def main() -> int:
         found = {width: fault(one, width) for _, width in HEADS}
         why = "; ".join(f"width {width}: {text}" for width, text in found.items() if text)
         print(f"{'left out' if why else 'right':8}  {one.group:14} {one.name:28} {why}", flush=True)
-        failed += bool(why) and one.name == "longspan triton"
+        failed += bool(why) and one.name.startswith(("longspan triton", "longspan flex"))
         right += [] if why else [one]
     if arguments.check or failed:
         print(f"{failed} of our kernels are wrong: nothing is timed" if failed else "all of our kernels are right")
@@ -207,9 +214,8 @@ def main() -> int:
     steps = [row for heads, width in HEADS for row in decoding(64, heads, width)]
     for row in steps:
         rate = 1e3 * row["batch"] / row["step_ms"]
-        print(
-            f"step after {row['after']:6}  {row['heads']}x{row['width']}  {row['step_ms']:.3f} ms, {rate:.0f} tokens/s"
-        )
+        where = f"{row['group']:14} step after {row['after']:6}  {row['heads']}x{row['width']}"
+        print(f"{where}  {row['step_ms']:.3f} ms, {rate:.0f} tokens/s")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     environment = {
         "device": torch.cuda.get_device_name(),

@@ -7,7 +7,7 @@ own (fla's decay has no normaliser) are timed and named, not compared.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -17,10 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.attention import hybrid_attention, linear_attention, sliding_window_attention
 from core.attention.backends import resolve
+from core.attention.contract import Heads
+from core.attention.feature_maps import feature_map
 from core.attention.positions import alibi_slopes
-from core.attention.registry import variant_class
+from core.attention.registry import build, variant_class
+from core.attention.variants.hybrid import merged
 
 WINDOW = 128
+SPARSE = {
+    "dilated": {"window": WINDOW, "dilation": 4},
+    "strided": {"stride": WINDOW},
+    "fixed": {"stride": WINDOW},
+    "bigbird": {},
+}
+"""Variants with a pattern of keys, and their options."""
 QUADRATIC, LOOPING = 65536, 16384
 """Longest sequences for contenders that are quadratic, and that loop over blocks in Python."""
 
@@ -58,7 +68,51 @@ def _scan(q, k, v, backend):
     return resolve("decay", backend, q.device.type, q.dtype, ()).run("decay", q, k, v, g)[0]
 
 
+def gates(group: str, q) -> list[torch.Tensor]:
+    """Log-gates and writing strengths of a recurrence: a rate per head, spread over the features of a vector gate."""
+    g = -_slopes(q)[None, :, None].expand(q.shape[0], -1, q.shape[2])
+    if group == "vector decay":
+        return [(g.unsqueeze(-1) * torch.linspace(0.2, 1.8, q.shape[3], device=q.device)).contiguous()]
+    return [g.contiguous() if group == "gated delta" else torch.zeros_like(g), torch.full_like(g, 0.5)]
+
+
+def recurrence(q, k, v, group: str, backend: str, state=None):
+    """(out, state) of the groups vector decay, delta and gated delta; keys have length 1 where they are taken off."""
+    variant_class("gla")  # importing it enters the implementations
+    kind = "vector_decay" if group == "vector decay" else "delta"
+    k = k if kind == "vector_decay" else F.normalize(k, dim=-1)
+    needs = () if state is None else ("state",)
+    run = resolve(kind, backend, q.device.type, q.dtype, needs).run
+    return run(kind, q, k, v, *gates(group, q), state=state)
+
+
+def _recurrence(q, k, v, group, backend):
+    return recurrence(q, k, v, group, backend)[0]
+
+
+def _hybrid_by_two(q, k, v):
+    phi, scale = feature_map("elu"), q.shape[3] ** -0.5
+    gate = torch.full((q.shape[1],), phi.log_gate(q.shape[3]), device=q.device)
+    return merged(q, k, v, q, k, WINDOW, phi, gate, True, None, None, scale, None, backend="triton").out
+
+
+RECURRENCES = ("vector decay", "delta", "gated delta")
+
+
+def _pattern(q, k, v, name, backend):
+    heads = Heads(q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    return build(name, heads, **SPARSE[name])(q, k, v, causal=True, backend=backend).out
+
+
+def pairs(group: str, length: int) -> float:
+    """Keys that a query sees exactly, in the mean."""
+    if group in SPARSE:
+        return build(group, Heads(1, 1, 1, 1), **SPARSE[group]).cost(1, length, causal=True).flops / (4 * length)
+    return {"softmax": length / 2, "window": WINDOW, "hybrid": WINDOW}.get(group, 0)
+
+
 REFERENCES = {
+    **{group: partial(_recurrence, group=group, backend="reference") for group in RECURRENCES},
     "linear causal": partial(linear_attention, causal=True, backend="reference"),
     "linear both": partial(linear_attention, backend="reference"),
     "linear decay": partial(_decayed, backend="reference"),
@@ -66,11 +120,12 @@ REFERENCES = {
     "window": partial(sliding_window_attention, window=WINDOW, causal=True, backend="reference"),
     "hybrid": partial(hybrid_attention, window=WINDOW, causal=True, backend="reference"),
     "softmax": partial(F.scaled_dot_product_attention, is_causal=True),
+    **{name: partial(_pattern, name=name, backend="reference") for name in SPARSE},
 }
 
 
 def ours() -> list[Contender]:
-    """Every mechanism with a kernel, by kernel and by torch."""
+    """Every mechanism with a kernel, by kernel, by flex-attention and by torch."""
     made = []
     for backend in ("triton", "torch"):
         add = partial(_ours, backend=backend)
@@ -81,8 +136,11 @@ def ours() -> list[Contender]:
             add("scalar decay", _scan),
             add("window", sliding_window_attention, window=WINDOW, causal=True),
             add("hybrid", hybrid_attention, window=WINDOW, causal=True),
+            *(add(group, partial(_recurrence, group=group)) for group in RECURRENCES),
         ]
-    return made
+    made.append(Contender("longspan triton, two kernels", "hybrid", _hybrid_by_two, "hybrid"))
+    made.append(_ours("window", sliding_window_attention, "flex", window=WINDOW, causal=True))
+    return made + [_ours(name, _pattern, backend, name=name) for name in SPARSE for backend in ("flex", "torch")]
 
 
 def _ours(group: str, run: Callable, backend: str, **options) -> Contender:
@@ -97,7 +155,6 @@ def peers() -> list[Contender]:
         for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
     ]
     found.append(Contender("two matmuls, torch.compile", "linear both", _two_products(), "linear both"))
-    found.append(Contender("flex-attention", "window", _flex, "window"))
     if find_spec("flash_attn"):
         flash = import_module("flash_attn").flash_attn_func
         found += [
@@ -109,6 +166,14 @@ def peers() -> list[Contender]:
             Contender("fla simple_gla", "scalar decay", _simple_gla, "scalar decay"),
             Contender("fla simple_gla", "linear decay", _simple_gla),
             Contender("fla linear_attn", "linear causal", _fla_linear, "linear causal"),
+            Contender("fla gla", "vector decay", partial(_fla, path="gla.chunk_gla"), "vector decay"),
+            Contender("fla delta_rule", "delta", partial(_fla, path="delta_rule.chunk_delta_rule"), "delta"),
+            Contender(
+                "fla gated_delta_rule",
+                "gated delta",
+                partial(_fla, path="gated_delta_rule.chunk_gated_delta_rule"),
+                "gated delta",
+            ),
         ]
     if find_spec("mamba_ssm"):
         found.append(Contender("mamba-ssm ssd", "scalar decay", _ssd, "scalar decay"))
@@ -129,21 +194,6 @@ def _two_products():
     return torch.compile(run, dynamic=True)
 
 
-@cache
-def _flex_parts(length: int):
-    flex = import_module("torch.nn.attention.flex_attention")
-
-    def band(b, h, i, j):
-        return (j <= i) & (i - j < WINDOW)
-
-    return torch.compile(flex.flex_attention), flex.create_block_mask(band, None, None, length, length, device="cuda")
-
-
-def _flex(q, k, v):
-    run, mask = _flex_parts(q.shape[2])
-    return run(q, k, v, block_mask=mask)
-
-
 def _flash(q, k, v, flash, window):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return flash(q, k, v, causal=True, window_size=(window, 0 if window >= 0 else -1)).transpose(1, 2)
@@ -160,6 +210,17 @@ def _fla_linear(q, k, v):
     run = import_module("fla.ops.linear_attn").chunk_linear_attn
     q, k, v = ((F.elu(x) + 1 if n < 2 else x).transpose(1, 2).contiguous() for n, x in enumerate((q, k, v)))
     return run(q=q, k=k, v=v, scale=1.0, normalize=True)[0].transpose(1, 2)
+
+
+def _fla(q, k, v, path):
+    module, name = path.split(".")
+    group = {"gla": "vector decay", "delta_rule": "delta"}.get(module, "gated delta")
+    k = k if group == "vector decay" else F.normalize(k, dim=-1)
+    g, *beta = (x.transpose(1, 2).contiguous() for x in gates(group, q))
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    given = {} if group == "delta" else {"g": g}
+    given |= {"beta": beta[0].to(v.dtype)} if beta else {}
+    return getattr(import_module(f"fla.ops.{module}"), name)(q=q, k=k, v=v, scale=1.0, **given)[0].transpose(1, 2)
 
 
 def _ssd(q, k, v):

@@ -14,12 +14,16 @@ from typing import NamedTuple
 import torch
 
 ORDER = {
-    "cuda": ("fla", "flex", "sdpa", "torch", "triton"),
+    "cuda": ("fla", "sdpa", "torch", "flex", "triton"),
     "cpu": ("sdpa", "torch"),
 }
-"""Preference per device type; other devices follow the CPU's. `reference` is never chosen by itself. `triton` stands
-last because its kernels have only run under the interpreter and been compiled (2026-11-21): until a GPU has confirmed
-them, they run where they are asked for, by `set_backend("triton")` or `backend="triton"`."""
+"""Preference per device type; other devices follow the CPU's. `reference` is never chosen by itself. `flex` and
+`triton` stand last because no GPU has run them (2026-11-25): until one has confirmed and timed them, they run where
+they are asked for, as by `backend="triton"` or `set_backend("flex", "window")`."""
+
+FLEX = {"devices": ("cuda",), "dtypes": (torch.float32, torch.float16, torch.bfloat16), "widths": (16, 256)}
+"""What `core.attention.flex` takes, as arguments of `implementation`. Below a width of 16 torch's kernel has no product
+of matrices (torch 2.15); that file is imported when it is first called, for it takes more than a second."""
 
 BACKENDS = ("reference", "torch", "sdpa", "flex", "triton", "fla")
 
@@ -27,12 +31,13 @@ log = logging.getLogger("longspan.attention")
 
 
 class Implementation(NamedTuple):
-    """One way to compute a mechanism: the function, the features it honours, where it runs."""
+    """One way to compute a mechanism: the function, the features it honours, where it runs, and on what inputs."""
 
     run: Callable
     serves: frozenset[str]
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None
+    widths: tuple[int, int] | None
 
 
 class Choice(NamedTuple):
@@ -55,6 +60,7 @@ def implementation(
     serves: tuple[str, ...] = (),
     devices: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
+    widths: tuple[int, int] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorator: enter a function as the `backend` implementation of `mechanism`.
 
@@ -64,19 +70,29 @@ def implementation(
         serves: optional features that it honours, in the mechanism's own words ("mass", "key_mask", ...).
         devices: device types it runs on; None: all.
         dtypes: input dtypes it takes; None: all.
+        widths: narrowest and widest head that it takes; None: all.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
     def keep(run: Callable) -> Callable:
-        _table.setdefault(mechanism, {})[backend] = Implementation(run, frozenset(serves), devices, dtypes)
+        _table.setdefault(mechanism, {})[backend] = Implementation(run, frozenset(serves), devices, dtypes, widths)
         return run
 
     return keep
 
 
-def resolve(mechanism: str, backend: str, device: str, dtype: torch.dtype, needs: tuple[str, ...]) -> Choice:
+def resolve(
+    mechanism: str,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    needs: tuple[str, ...],
+    widths: tuple[int, ...] = (),
+) -> Choice:
     """Choose the implementation of `mechanism` for inputs of this device type and dtype with these needs.
+
+    widths: of the heads of q and v, where implementations differ in what they take.
 
     Raises:
         ValueError: the backend is unknown, or it cannot serve; the text names what is missing and who has it.
@@ -87,9 +103,9 @@ def resolve(mechanism: str, backend: str, device: str, dtype: torch.dtype, needs
     if backend != "auto":
         if backend not in known:
             raise ValueError(f"{mechanism} attention has no backend {backend!r}; it has {', '.join(known)}")
-        lacks = _lacks(known[backend], device, dtype, needs)
+        lacks = _lacks(known[backend], device, dtype, needs, widths)
         if lacks:
-            able = [name for name, one in known.items() if not _lacks(one, device, dtype, needs)]
+            able = [name for name, one in known.items() if not _lacks(one, device, dtype, needs, widths)]
             raise ValueError(
                 f"backend {backend!r} of {mechanism} attention does not serve {lacks}; "
                 f"{', '.join(able) or 'no backend'} does"
@@ -98,7 +114,7 @@ def resolve(mechanism: str, backend: str, device: str, dtype: torch.dtype, needs
     passed = []
     for name in ORDER.get(device, ORDER["cpu"]):
         if name in known:
-            lacks = _lacks(known[name], device, dtype, needs)
+            lacks = _lacks(known[name], device, dtype, needs, widths)
             if not lacks:
                 reason = "first in order" if not passed else "; ".join(passed)
                 return _say(mechanism, Choice(name, known[name].run, reason), device, dtype)
@@ -162,11 +178,16 @@ def explain_backend(
     return "\n".join(lines)
 
 
-def _lacks(one: Implementation, device: str, dtype: torch.dtype, needs: tuple[str, ...]) -> str:
+def _lacks(
+    one: Implementation, device: str, dtype: torch.dtype, needs: tuple[str, ...], widths: tuple[int, ...] = ()
+) -> str:
     if one.devices is not None and device not in one.devices:
         return f"device {device}"
     if one.dtypes is not None and dtype not in one.dtypes:
         return str(dtype).removeprefix("torch.")
+    for width in widths:
+        if one.widths is not None and not one.widths[0] <= width <= one.widths[1]:
+            return f"heads {width} wide (it takes {one.widths[0]} to {one.widths[1]})"
     return ", ".join(need for need in needs if need not in one.serves)
 
 

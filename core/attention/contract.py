@@ -10,6 +10,7 @@ its weights are non-negative sums, also to the log of their mass. Two results ov
 new keys.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -302,16 +303,30 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A pattern: whether a query of a head at i sees the key at j; three index tensors that broadcast, to bool. The last
+query stands at the last key."""
+
+
+def near(window: int) -> Sees:
+    """The pattern of a window: |i - j| < window."""
+    return lambda head, i, j: (i - j).abs() < window
+
+
 def visible(
     queries: int,
     keys: int,
     *,
     causal: bool = False,
     window: int | None = None,
+    sees: Sees | None = None,
+    heads: int = 1,
     key_mask: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Which key each query sees, as a dense mask [L, M], or [B, 1, L, M] with a key mask. For references only.
+
+    sees: a pattern; if `heads` is more than one, it tells them apart, and the mask is [H, L, M] or [B, H, L, M].
 
     Causal is bottom-right aligned; here L = 3, M = 5 (1 = visible), and the same with window 2:
 
@@ -325,7 +340,10 @@ def visible(
     if causal:
         seen &= key <= at
     if window is not None:
-        seen &= (at - key).abs() < window
+        seen &= near(window)(torch.zeros_like(key), at, key)
+    if sees is not None:
+        head = torch.arange(heads, device=device)[:, None, None] if heads > 1 else torch.zeros_like(key)
+        seen = seen & sees(head, at, key)
     return seen if key_mask is None else seen & key_mask[:, None, None, :]
 
 

@@ -63,13 +63,15 @@ for _kind in CHUNK:
 
 
 def _triton(kind, q, k, v, *gates, state=None):
-    from core.attention.kernels.decay import scan as fused
+    from core.attention.kernels import decay, delta, gated
 
-    return fused(q, k, v, *gates, state=state)
+    fused = delta if kind.endswith("delta") else decay if kind == "decay" else gated
+    return fused.scan(q, k, v, *gates, state=state)
 
 
 if kernels.PRESENT:
-    implementation("decay", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+    for _kind in CHUNK:
+        implementation(_kind, "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
 def _needs(q: Tensor, state: Tensor | None) -> tuple[str, ...]:
@@ -140,9 +142,9 @@ class Recurrence(Variant):
         inputs=NO_INPUTS,
     ) -> Attended:
         parts = self._parts(q, k, v, key_mask, rotary, inputs)
-        out, _ = self._run(parts, None, backend)
+        out, _ = self._run(parts, None, backend, v.dtype)
         if not causal:
-            out = out + self._from_the_end(parts, backend)
+            out = out + self._from_the_end(parts, backend, v.dtype)
         return Attended(self.finish(self._with_own(out, parts, v), v, inputs), None)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
@@ -153,7 +155,7 @@ class Recurrence(Variant):
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         parts = self._parts(q, k, v, key_mask, rotary, inputs)
-        out, end = self._run(parts, state["sum"], backend)
+        out, end = self._run(parts, state["sum"], backend, v.dtype)
         return Attended(self.finish(self._with_own(out, parts, v), v, inputs), None), {"sum": end}
 
     def finish(self, out: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
@@ -212,17 +214,29 @@ class Recurrence(Variant):
             q, k = rotary[0](q), rotary[1](k)
         return q, k, *rest
 
-    def _run(self, parts, state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-        run = resolve(self.kind, backend, parts[0].device.type, parts[0].dtype, _needs(parts[0], state)).run
+    def _run(self, parts, state: Tensor | None, backend: str, given: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Resolve and run; given: the dtype of the layer's values."""
+        run = _resolved(self.kind, backend, parts[0], state, given)
         return _before(run, self.kind, *parts, state=state) if self.exclusive else run(self.kind, *parts, state=state)
 
-    def _from_the_end(self, parts, backend: str) -> Tensor:
+    def _from_the_end(self, parts, backend: str, given: torch.dtype) -> Tensor:
         q, k, v, g, *beta = (part.flip(2) for part in parts)
         if not self.exclusive:
             decay = repeat_heads(g.unsqueeze(-1) if g.dim() == 3 else g, q.shape[1])
             q = q * decay.exp()
-        run = resolve(self.kind, backend, q.device.type, q.dtype, _needs(q, None)).run
+        run = _resolved(self.kind, backend, q, None, given)
         return _before(run, self.kind, q, k, v, g, *beta)[0].flip(2)
+
+
+def _resolved(kind: str, backend: str, q: Tensor, state: Tensor | None, given: torch.dtype):
+    """What runs the scan; kernels take queries, keys and values as the layer has them, gates and state in float32."""
+    choice = resolve(kind, backend, q.device.type, q.dtype, _needs(q, state))
+    if choice.name != "triton" or given not in kernels.DTYPES:
+        return choice.run
+    # Products of widened halves would run on the slow units of a GPU. Sums, gates and states stay float32 there too.
+    return lambda kind, *parts, state=None: choice.run(
+        kind, *(part.to(given) for part in parts[:3]), *parts[3:], state=state
+    )
 
 
 def _before(run, kind: str, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, state: Tensor | None = None):
@@ -230,7 +244,7 @@ def _before(run, kind: str, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, sta
     if state is None:
         first = torch.zeros_like(q[:, :, :1, :1]).expand(-1, -1, -1, v.shape[3])
     else:
-        first = q[:, :, :1] @ repeat_heads(state, q.shape[1])
+        first = q[:, :, :1].to(state.dtype) @ repeat_heads(state, q.shape[1])
     # The state before position t is the one after t - 1, so the queries move up by one. Rolled rather than sliced:
     # torch.export would exclude the length at which a slice is a single row.
     out, end = run(kind, q.roll(-1, 2), k, v, *gates, state=state)

@@ -123,6 +123,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     bench.add_argument(
         "--seeds", metavar="N", help="of recall's models: a number of seeds (default 3), or a list 0,4,7"
     )
+    bench.add_argument("--tasks", default="", metavar="A,B", help="of recall: pairs, needle; default: both")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the figures here, as JSON")
     verbs["schema"].add_argument("app", metavar="APP", help="as `longspan list apps` shows it")

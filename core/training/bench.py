@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from core.attention import Attention, measurement
-from core.attention.registry import variant_class
+from core.attention.registry import nearest, variant_class
 from core.attention.variants.auto import CANDIDATES
 from core.layout import is_preset
 from core.training import recall
@@ -43,6 +43,7 @@ def bench(
     *,
     variants: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
+    tasks: Sequence[str] = (),
     device: str | None = None,
     out: str | Path | None = None,
     lengths: Sequence[int] = LENGTHS,
@@ -53,6 +54,7 @@ def bench(
         suite: "speed" or "recall".
         variants: labels such as "hybrid:window=16"; speed measures them beside `SPEED`, recall instead of `RECALL`.
         seeds: of recall's models.
+        tasks: of recall, names of `recall.PROBES`; none: all.
         device: "cpu" or "cuda"; None: a CUDA device if there is one.
         out: also write rows and environment here, as JSON.
         lengths: of speed, at least two.
@@ -61,17 +63,24 @@ def bench(
         What `out` holds.
 
     Raises:
-        UserError: a variant that cannot be built, or a device that is not there.
+        UserError: a variant that cannot be built, an unknown task, or a device that is not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
+    for task in tasks:
+        if task not in recall.PROBES:
+            known = f"known: {', '.join(recall.PROBES)}"
+            raise UserError(f"--tasks: unknown task {task!r}{nearest(task, recall.PROBES)}; {known}")
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}")
     chosen = (*SPEED, *(v for v in variants if v not in SPEED)) if suite == "speed" else variants or RECALL
     attentions = {label: attention_of(label) for label in chosen}
     try:
-        found = speed(attentions, device, lengths) if suite == "speed" else remembered(attentions, seeds, device)
+        if suite == "speed":
+            found = speed(attentions, device, lengths)
+        else:
+            found = remembered(attentions, seeds, tasks or tuple(recall.PROBES), device)
     except ValueError as error:
         raise UserError(f"--variants: {error}") from error
     if suite == "speed":
@@ -146,18 +155,17 @@ def best_ms(functions: Mapping[str, Callable[[], Any]], device: str) -> dict[str
     return {name: min(several[1:]) for name, several in times.items()}
 
 
-def remembered(attentions: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], device: str) -> dict[str, Any]:
+def remembered(
+    attentions: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], tasks: Sequence[str], device: str
+) -> dict[str, Any]:
     """Rows of the recall probe; each is printed as it is done, and a table at the end."""
-    rows = []
-    for row in recall.measure(attentions, seeds, device=device):
+    rows, probes = [], [recall.PROBES[task] for task in tasks]
+    for row in recall.measure(attentions, seeds, probes=probes, device=device):
         rows.append(row)
         told = "  ".join(f"{level}: {100 * value:3.0f} %" for level, value in row["accuracy"].items())
         print(f"{row['task']:7} {row['variant']:32} seed {row['seed']}  {told}  {row['seconds']:6.1f} s", flush=True)
     print(recall_table(rows))
-    sizes = {
-        name: {key: value for key, value in vars(probe).items() if key != "draw"}
-        for name, probe in recall.PROBES.items()
-    }
+    sizes = {probe.name: {key: value for key, value in vars(probe).items() if key != "draw"} for probe in probes}
     return {"probes": sizes, "rows": rows}
 
 

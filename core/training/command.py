@@ -234,7 +234,11 @@ def _bench(args: argparse.Namespace) -> None:
         raise UserError(f"unknown suite {args.suite!r}{nearest(args.suite, SUITES)}; known: {', '.join(SUITES)}")
     if args.suite == "speed" and args.seeds is not None:
         raise UserError("--seeds goes with --suite recall: speed has no randomness that matters")
-    variants = [word.strip() for word in args.variants.split(",") if word.strip()]
+    if args.suite == "speed" and args.tasks:
+        raise UserError("--tasks goes with --suite recall")
+    variants, tasks = (
+        [word.strip() for word in text.split(",") if word.strip()] for text in (args.variants, args.tasks)
+    )
     try:
         for word in variants:
             check_name(word.partition(":")[0])
@@ -245,7 +249,7 @@ def _bench(args: argparse.Namespace) -> None:
     from core.training.bench import bench
 
     chosen = range(seeds) if isinstance(seeds, int) else seeds
-    bench(args.suite, variants=variants, seeds=chosen, device=args.device, out=args.out)
+    bench(args.suite, variants=variants, seeds=chosen, tasks=tasks, device=args.device, out=args.out)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ def draw_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
     chosen = np.sort(often)
     counts = np.array([[np.sum((labels == row) & (predicted == column)) for column in chosen] for row in chosen])
     share = counts / np.maximum(1, np.bincount(labels, minlength=len(names))[chosen])[:, None]
-    short = [_short(names[k]) for k in chosen]
+    short = [_short(name) for k, name in enumerate(names) if k in chosen]
     size = 2.2 + 0.52 * len(chosen)
     with canvas(path, size + 0.8, size) as figure:
         axes = figure.add_subplot()

@@ -217,7 +217,7 @@ def _hub(source: str, columns: Sequence[str]) -> Iterator[Row]:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {first}") from error
     check_columns(source, found.column_names, columns)
-    return (Row(f"{source}, row {number}", values) for number, values in enumerate(found, 1))
+    return (Row(f"{source}, row {number}", dict(values)) for number, values in enumerate(found, 1))
 
 
 def _bad(text: str, on_bad: Callable[[str], None] | None) -> None:

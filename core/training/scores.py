@@ -39,14 +39,14 @@ def classification(probabilities: np.ndarray, labels: np.ndarray, *, intervals: 
     _check(probabilities, labels)
     classes = probabilities.shape[1]
     predicted = probabilities.argmax(axis=1)
-    found = _from_confusion(_confusion(predicted, labels, classes))
+    found = from_confusion(_confusion(predicted, labels, classes))
     if classes > 5:
         top = np.argpartition(-probabilities, 5, axis=1)[:, :5]
         found["top5"] = float((top == labels[:, None]).any(axis=1).mean())
     if len(np.unique(labels)) > 1:
         found |= _ranking(probabilities, labels)
     if intervals:
-        found |= _intervals(lambda a, b: _from_confusion(_confusion(a, b, classes)), predicted, labels)
+        found |= _intervals(lambda a, b: from_confusion(_confusion(a, b, classes)), predicted, labels)
     p, y = torch.from_numpy(probabilities), torch.from_numpy(labels.astype(np.int64))
     found["ece"] = float(tm.multiclass_calibration_error(p, y, num_classes=classes, n_bins=15))
     return found
@@ -123,7 +123,8 @@ def _confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.nd
     return flat.reshape(classes, classes).astype(np.float64)
 
 
-def _from_confusion(counts: np.ndarray) -> Scores:
+def from_confusion(counts: np.ndarray) -> Scores:
+    """accuracy, balanced_accuracy, f1_macro and mcc of counts [K, K], rows being the true classes."""
     truths, calls, hits = counts.sum(1), counts.sum(0), np.diag(counts)
     total, there = counts.sum(), truths > 0
     covariance = hits.sum() * total - truths @ calls

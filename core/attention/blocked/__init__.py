@@ -1,10 +1,10 @@
 """The `torch` backend: exact attention in blocks that stay in cache, in memory linear in the length.
 
-Each file is one operation as a pair of `torch.library` custom ops, forward and backward. They are opaque to
-torch.compile and torch.export, so a loop over blocks costs no graph nodes, a new length recompiles nothing, and eager
-and compiled runs compute the same bits. All arithmetic is float32 (float64 for float64 inputs) whatever the inputs
-are: a block is widened when it is read. The backwards recompute weights from the saved mass and keep no [L, M] tensor.
-They are not differentiable themselves; asking for second derivatives is an error.
+Each file is one operation as a pair of `torch.library` custom ops, forward and backward; `pairs` joins the two. They
+are opaque to torch.compile and torch.export, so a loop over blocks costs no graph nodes, a new length recompiles
+nothing, and eager and compiled runs compute the same bits. All arithmetic is float32 (float64 for float64 inputs)
+whatever the inputs are: a block is widened when it is read. The backwards recompute weights from the saved mass and
+keep no [L, M] tensor. They are not differentiable themselves; asking for second derivatives is an error.
 """
 
 from collections.abc import Iterator

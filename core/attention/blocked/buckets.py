@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.attention.blocked import block_elements, full_precision
+from core.attention.blocked.pairs import join_softmax
 from core.attention.contract import Attended, accumulator, merge
 
 
@@ -188,23 +189,4 @@ def bucket_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@bucket_forward.register_fake
-def _(q, k, v, order, codes, key_mask, window, causal, scale):
-    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
-
-
-@bucket_backward.register_fake
-def _(d_out, d_mass, q, k, v, out, mass, order, codes, key_mask, window, causal, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, order, codes, key_mask, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, order, codes, key_mask)
-
-
-def _backward(ctx, d_out, d_mass):
-    return *bucket_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options), *([None] * (3 + len(ctx.options)))
-
-
-bucket_forward.register_autograd(_backward, setup_context=_setup)
+join_softmax(bucket_forward, bucket_backward, fixed=3)

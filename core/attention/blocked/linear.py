@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from core.attention.blocked import batches, full_precision
+from core.attention.blocked.pairs import join_sums
 from core.attention.contract import accumulator
 from core.attention.feature_maps import feature_map
 
@@ -303,28 +304,4 @@ def _zero_state(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
     return torch.zeros(k.shape[0], k.shape[1], width, v.shape[3] + 1, dtype=accumulator(q.dtype), device=q.device)
 
 
-@linear_forward.register_fake
-def _(q, k, v, key_mask, decay, state, count, feature_map, direction, offset, normalize):
-    rows = q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
-    return (v.new_empty(*q.shape[:3], v.shape[3]), rows, torch.empty_like(rows), _zero_state(q, k, v, feature_map))
-
-
-@linear_backward.register_fake
-def _(d_out, d_mass, d_state, q, k, v, out, den, end, key_mask, decay, state, count, feature_map, *_options):
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(end))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, key_mask, decay, state, count, *ctx.options = inputs
-    out, _, den, end = output
-    ctx.mark_non_differentiable(den)
-    ctx.save_for_backward(q, k, v, out, den, end, key_mask, decay, state, count)
-
-
-def _backward(ctx, d_out, d_mass, _d_den, d_state):
-    *tensors, state, count = ctx.saved_tensors
-    dq, dk, dv, ds = linear_backward(d_out, d_mass, d_state, *tensors, state, count, *ctx.options)
-    return dq, dk, dv, None, None, ds if state is not None else None, *([None] * (1 + len(ctx.options)))
-
-
-linear_forward.register_autograd(_backward, setup_context=_setup)
+join_sums(linear_forward, linear_backward)

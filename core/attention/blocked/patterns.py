@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.attention.blocked import full_precision
+from core.attention.blocked.pairs import join_softmax
 from core.attention.blocked.softmax import softmax_backward, softmax_forward
 from core.attention.blocked.window import window_backward, window_forward
 from core.attention.contract import Attended, accumulator, merge
@@ -270,23 +271,4 @@ def pattern_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@pattern_forward.register_fake
-def _(q, k, v, key_mask, slopes, pattern, size, step, causal, scale):
-    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
-
-
-@pattern_backward.register_fake
-def _(d_out, d_mass, q, k, v, out, mass, key_mask, slopes, pattern, size, step, causal, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, key_mask, slopes, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask, slopes)
-
-
-def _backward(ctx, d_out, d_mass):
-    return *pattern_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options), *([None] * (2 + len(ctx.options)))
-
-
-pattern_forward.register_autograd(_backward, setup_context=_setup)
+join_softmax(pattern_forward, pattern_backward, fixed=2)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.attention.blocked import block_elements, full_precision
+from core.attention.blocked.pairs import join_softmax
 from core.attention.blocked.softmax import softmax_backward, softmax_forward
 from core.attention.contract import accumulator
 
@@ -235,23 +236,4 @@ def table_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@table_forward.register_fake
-def _(q, k, v, key_mask, block, near, random, seed, causal, scale):
-    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
-
-
-@table_backward.register_fake
-def _(d_out, d_mass, q, k, v, out, mass, key_mask, block, near, random, seed, causal, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, key_mask, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask)
-
-
-def _backward(ctx, d_out, d_mass):
-    return *table_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options), *([None] * (1 + len(ctx.options)))
-
-
-table_forward.register_autograd(_backward, setup_context=_setup)
+join_softmax(table_forward, table_backward, fixed=1)

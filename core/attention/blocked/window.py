@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.attention.blocked import block_elements, full_precision
+from core.attention.blocked.pairs import join_softmax
 from core.attention.contract import accumulator
 
 ROWS = (32, 128)
@@ -236,23 +237,4 @@ def _(q, k, key_mask, window, causal, scale):
     return q.new_empty(q.shape[:3], dtype=torch.int64)
 
 
-@window_forward.register_fake
-def _(q, k, v, key_mask, slopes, window, causal, scale):
-    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
-
-
-@window_backward.register_fake
-def _(d_out, d_mass, q, k, v, out, mass, key_mask, slopes, window, causal, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, key_mask, slopes, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask, slopes)
-
-
-def _backward(ctx, d_out, d_mass):
-    return *window_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options), *([None] * (2 + len(ctx.options)))
-
-
-window_forward.register_autograd(_backward, setup_context=_setup)
+join_softmax(window_forward, window_backward, fixed=2)

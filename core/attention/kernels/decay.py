@@ -13,6 +13,7 @@ Serves, when asked for: float32, float16 and bfloat16 up to 256 features.
 import torch
 from torch import Tensor
 
+from core.attention.blocked.pairs import join_scan
 from core.attention.kernels.launch import on
 from core.attention.kernels.linear import Sweep
 from core.attention.kernels.step import decay_step, is_step
@@ -53,24 +54,4 @@ def decay_backward(
     return dq, dk, dv, dg, d_first
 
 
-@decay_forward.register_fake
-def _(q, k, v, g, state):
-    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
-    return out, q.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
-
-
-@decay_backward.register_fake
-def _(d_out, d_end, q, k, v, g, state, end):
-    return (*(x.new_empty(x.shape) for x in (q, k, v, g)), torch.empty_like(end))
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _backward(ctx, d_out, d_end):
-    *grads, ds = decay_backward(d_out, d_end, *ctx.saved_tensors)
-    return *grads, ds if ctx.saved_tensors[4] is not None else None
-
-
-decay_forward.register_autograd(_backward, setup_context=_setup)
+join_scan(decay_forward, decay_backward)

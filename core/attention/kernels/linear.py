@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from core.attention.blocked.linear import least_denominator
+from core.attention.blocked.pairs import join_sums
 from core.attention.feature_maps import feature_map as phi_named
 from core.attention.kernels.features import MAPS, row_gradients
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous, segments
@@ -294,30 +295,4 @@ def linear_backward(
         return sweep.backward(sweep.rows(d_out, out, den, floor, d_mass), state, end, d_state)[:4]
 
 
-@linear_forward.register_fake
-def _(q, k, v, key_mask, decay, state, count, feature_map, direction, offset, normalize):
-    rows = q.new_empty(q.shape[:3], dtype=torch.float32)
-    width = phi_named(feature_map).width(q.shape[3])
-    end = q.new_empty(q.shape[0], k.shape[1], width, v.shape[3] + 1, dtype=torch.float32)
-    return v.new_empty(*q.shape[:3], v.shape[3]), rows, torch.empty_like(rows), end
-
-
-@linear_backward.register_fake
-def _(d_out, d_mass, d_state, q, k, v, out, den, end, *_options):
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(end))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, key_mask, decay, state, count, *ctx.options = inputs
-    out, _, den, end = output
-    ctx.mark_non_differentiable(den)
-    ctx.save_for_backward(q, k, v, out, den, end, key_mask, decay, state, count)
-
-
-def _backward(ctx, d_out, d_mass, _d_den, d_state):
-    *tensors, state, count = ctx.saved_tensors
-    dq, dk, dv, ds = linear_backward(d_out, d_mass, d_state, *tensors, state, count, *ctx.options)
-    return dq, dk, dv, None, None, ds if state is not None else None, *([None] * (1 + len(ctx.options)))
-
-
-linear_forward.register_autograd(_backward, setup_context=_setup)
+join_sums(linear_forward, linear_backward)

@@ -79,8 +79,12 @@ def write(
 def prefix(
     sums, totals, first, end, states, parts, blocks,
     N: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    RATES: tl.constexpr = 1,
 ):  # fmt: skip
-    """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order."""
+    """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order.
+
+    RATES: log-decays per part, one per head or one per row of the state.
+    """
     bh = tl.program_id(0) // blocks
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     ok = at < N
@@ -92,13 +96,14 @@ def prefix(
         one = part.to(tl.int64) * N + at
         tl.store(states + one, s, mask=ok)
         if DECAY:
-            s *= tl.exp(tl.load(totals + part))
+            s *= tl.exp(tl.load(totals + part.to(tl.int64) * RATES + at // (N // RATES), mask=ok, other=0.0))
         s += tl.load(sums + one, mask=ok, other=0.0)
     tl.store(end + bh.to(tl.int64) * N + at, s, mask=ok)
 
 
 @triton.jit
-def _load_state(states, at, f, e, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
+def load_state(states, at, f, e, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
+    """(S [F, values], z [F]) that begin at `states` + at."""
     width: tl.constexpr = E + 1 if ONES else E
     s = tl.load(states + at + f[:, None] * width + e[None, :], mask=(f < F)[:, None] & (e < E)[None, :], other=0.0)
     z = tl.zeros_like(tl.sum(s, 1))
@@ -144,7 +149,7 @@ def forward(
     s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
     if STATE:
         at = (bk * parts + part if CAUSAL else bk).to(tl.int64) * F * width
-        s, z = _load_state(states, at, f, e, F, E, ONES)
+        s, z = load_state(states, at, f, e, F, E, ONES)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -225,7 +230,7 @@ def query_gradient(
     s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
     if STATE:
         at = (bk * parts + part if CAUSAL else bk).to(tl.int64) * F * width
-        s, z = _load_state(states, at, f, e, F, E, ONES)
+        s, z = load_state(states, at, f, e, F, E, ONES)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -300,7 +305,7 @@ def key_gradient(
     width: tl.constexpr = E + 1 if ONES else E
     s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
     if STATE:
-        s, z = _load_state(states, (bh * parts + part if CAUSAL else bh).to(tl.int64) * F * width, f, e, F, E, ONES)
+        s, z = load_state(states, (bh * parts + part if CAUSAL else bh).to(tl.int64) * F * width, f, e, F, E, ONES)
         z = tl.where(tile == 0, z, 0.0)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh

@@ -1,10 +1,11 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # Triton compiles the kernel by rules of its own, which a type checker does not know.
-"""One decoding step of linear attention or of running sums with decay, in one launch: the state and what it is asked.
+"""One decoding step of linear attention or of a gated recurrence, in one launch: the state and what it is asked.
 
     S' = e^g S + phi(k) [v, 1]^T,    [num, den] = phi(q)^T S',    out = num / max(den, floor)
 
+g is nothing, a number or one per row of S; under the delta rule beta (v - (e^g S)^T k) takes the place of v.
 One program has one key head of one sequence and a tile of value columns; the query heads of its group read the new
 state while it is on chip. No matrix products: a step is bound by the state's bytes, 8 B K F (E + 1), whatever the
 length before. The old state is left as it was.
@@ -24,13 +25,17 @@ from core.attention.kernels.launch import on, padded, rows_contiguous
 VALUES = 32
 """Value columns per program, so that a small batch still fills the device."""
 
+KINDS = {3: "given", 4: "vector"}
+"""What a log-gate with so many dimensions is to the kernel."""
+
 
 @triton.jit
 def _step(
-    q, k, v, mask, gate, rate, state, count, out, mass, end,
+    q, k, v, mask, gate, rate, state, count, beta, out, mass, end,
     qb, qh, kb, kh, vb, vh, mb, K, GROUP, tiles, least,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr,
     DECAY: tl.constexpr, ONES: tl.constexpr, MASK: tl.constexpr, COUNT: tl.constexpr, NORMALIZE: tl.constexpr,
+    DELTA: tl.constexpr,
 ):  # fmt: skip
     tile, bk = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, kept = (bk // K).to(tl.int64), (bk % K).to(tl.int64)
@@ -45,12 +50,17 @@ def _step(
     phi = tl.sum(features(k + b * kb + kept * kh, one.to(tl.int64), real, f, D, F, MAP), 0)
     value = tl.load(v + b * vb + kept * vh + (one * 0)[:, None] + e[None, :], mask=real[:, None] & (e < E)[None, :])
     value = tl.sum(tl.where(real[:, None] & (e < E)[None, :], value.to(tl.float32), 0.0), 0)
-    decay = 1.0
+    decay = tl.full([FP], 1.0, tl.float32)
     if DECAY == "constant":
-        decay = tl.exp(-tl.load(rate + kept).to(tl.float32))
+        decay *= tl.exp(-tl.load(rate + kept).to(tl.float32))
     if DECAY == "given":
-        decay = tl.exp(tl.load(gate + bk).to(tl.float32))
-    s = s * decay + phi[:, None] * value[None, :]
+        decay *= tl.exp(tl.load(gate + bk).to(tl.float32))
+    if DECAY == "vector":
+        decay = tl.exp(tl.load(gate + bk.to(tl.int64) * F + f, mask=f < F, other=0.0).to(tl.float32))
+    s *= decay[:, None]
+    if DELTA:
+        value = tl.load(beta + bk).to(tl.float32) * (value - tl.sum(phi[:, None] * s, 0))
+    s += phi[:, None] * value[None, :]
     tl.store(end + at + place, s, mask=here)
     z = tl.zeros([FP], tl.float32)
     if ONES:
@@ -75,7 +85,7 @@ def _step(
         tl.store(out + row * E + e, num.to(out.dtype.element_ty), mask=e < E)
 
 
-def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: bool, ones: bool, out_dtype):
+def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: bool, ones: bool, out_dtype, beta=None):
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     phi, (batch, heads, _, width), key_heads = phi_named(name), q.shape, k.shape[1]
     out = torch.empty(batch, heads, 1, v.shape[3], dtype=out_dtype, device=q.device)
@@ -83,7 +93,7 @@ def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: 
     state = state.float().contiguous()
     end, tile = torch.empty_like(state), min(VALUES, padded(v.shape[3]))
     tiles = max(1, -(-v.shape[3] // tile))
-    optional = (None if key_mask is None else key_mask.view(torch.uint8), gate, decay, state, count)
+    optional = (None if key_mask is None else key_mask.view(torch.uint8), gate, decay, state, count, beta)
     pointers = [q if x is None else x.contiguous() for x in optional]
     if batch:
         with on(q.device):
@@ -91,8 +101,8 @@ def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: 
                 q, k, v, *pointers, out, mass, end, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], 1,
                 key_heads, heads // key_heads, tiles, phi.floor, D=width, F=phi.width(width), E=v.shape[3],
                 FP=padded(phi.width(width)), BE=tile, MAP=name, ONES=ones, MASK=key_mask is not None,
-                DECAY="constant" if decay is not None else "none" if gate is None else "given",
-                COUNT=count is not None, NORMALIZE=normalize, num_warps=4,
+                DECAY="constant" if decay is not None else "none" if gate is None else KINDS[gate.dim()],
+                COUNT=count is not None, NORMALIZE=normalize, DELTA=beta is not None, num_warps=4,
             )  # fmt: skip
     return out, mass, end
 
@@ -115,8 +125,15 @@ def linear_step(
 
 @torch.library.custom_op("longspan::decay_kernel_step", mutates_args=())
 def decay_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, new state) of one token: `decay.scan` for L = 1, without a gradient."""
+    """(out, new state) of one token: `decay.scan` or `gated.scan` for L = 1, without a gradient."""
     out, _, end = _launch(q, k, v, None, None, g, state, None, "identity", False, False, torch.float32)
+    return out, end
+
+
+@torch.library.custom_op("longspan::delta_kernel_step", mutates_args=())
+def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, new state) of one token: `delta.scan` for L = 1, without a gradient."""
+    out, _, end = _launch(q, k, v, None, None, g, state, None, "identity", False, False, torch.float32, beta)
     return out, end
 
 
@@ -128,6 +145,12 @@ def _(q, k, v, key_mask, decay, state, count, feature_map, normalize):
 
 @decay_step.register_fake
 def _(q, k, v, g, state):
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    return out, q.new_empty(state.shape, dtype=torch.float32)
+
+
+@delta_step.register_fake
+def _(q, k, v, g, beta, state):
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
     return out, q.new_empty(state.shape, dtype=torch.float32)
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.attention.blocked.pairs import join_softmax
 from core.attention.kernels.features import product
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous
 
@@ -40,13 +41,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(base, at, ok, c, WIDTH: tl.constexpr):
+def tile(base, at, ok, c, WIDTH: tl.constexpr):
     """Rows [rows, c] that begin at base + at, 0 where not ok."""
     return tl.load(base + at[:, None] + c[None, :], mask=ok[:, None] & (c < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def _real(mask, j, M, MASK: tl.constexpr):
+def real(mask, j, M, MASK: tl.constexpr):
+    """Whether there is a key j, and no mask hides it."""
     ok = (j >= 0) & (j < M)
     if MASK:
         ok = ok & (tl.load(mask + j, mask=ok, other=0) != 0)
@@ -54,7 +56,7 @@ def _real(mask, j, M, MASK: tl.constexpr):
 
 
 @triton.jit
-def _scores(
+def scores(
     q, k, t, j, row, key, W, scale, slope, CAUSAL: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,21 +90,21 @@ def _forward(
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h).to(tl.float32)
-    x = _tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
+    x = tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
     top = tl.full([BM], float("-inf"), tl.float32)
     total, acc = tl.zeros([BM], tl.float32), tl.zeros([BM, EP], tl.float32)
     first = tl.maximum(0, i0 + M - L - W + 1) // BN * BN
     last = tl.minimum(M, i0 + BM + M - L + (0 if CAUSAL else W - 1))
     for j0 in range(first, last, BN):
         j = j0 + tl.arange(0, BN)
-        key = _real(mask, j, M, MASK)
-        keys = _tile(k, j.to(tl.int64) * kl, key, c, D)
-        s = _scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
+        key = real(mask, j, M, MASK)
+        keys = tile(k, j.to(tl.int64) * kl, key, c, D)
+        s = scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
         higher = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         fall, p = tl.exp2(top - safe), tl.exp2(s - safe[:, None])
         total = total * fall + tl.sum(p, 1)
-        acc = acc * fall[:, None] + product(p, _tile(v, j.to(tl.int64) * vl, key, e, E), DOT, PRECISION)
+        acc = acc * fall[:, None] + product(p, tile(v, j.to(tl.int64) * vl, key, e, E), DOT, PRECISION)
         top = higher
     whole = tl.where(total > 0, total, 1.0)
     place = bh.to(tl.int64) * L + i
@@ -122,8 +124,8 @@ def _delta(
     bh, i = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
     b, h, row, e = (bh // H).to(tl.int64), (bh % H).to(tl.int64), i < L, tl.arange(0, EP)
     place = bh.to(tl.int64) * L + i
-    d = _tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E).to(tl.float32)
-    sums = tl.sum(d * _tile(out, place * E, row, e, E).to(tl.float32), 1)
+    d = tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E).to(tl.float32)
+    sums = tl.sum(d * tile(out, place * E, row, e, E).to(tl.float32), 1)
     if MASS:
         sums -= tl.load(d_mass + place, mask=row, other=0.0)
     tl.store(delta + place, sums, mask=row)
@@ -147,8 +149,8 @@ def _query_gradient(
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h).to(tl.float32)
-    x = _tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
-    do = _tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
+    x = tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
+    do = tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
     level = tl.load(mass + place, mask=row, other=0.0) * LOG2E
     level = tl.where(level == float("-inf"), 0.0, level)
     offset = tl.load(delta + place, mask=row, other=0.0)
@@ -157,11 +159,11 @@ def _query_gradient(
     last = tl.minimum(M, i0 + BM + M - L + (0 if CAUSAL else W - 1))
     for j0 in range(first, last, BN):
         j = j0 + tl.arange(0, BN)
-        key = _real(mask, j, M, MASK)
-        keys = _tile(k, j.to(tl.int64) * kl, key, c, D)
-        s = _scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
+        key = real(mask, j, M, MASK)
+        keys = tile(k, j.to(tl.int64) * kl, key, c, D)
+        s = scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
         p = tl.exp2(s - level[:, None])
-        dp = product(do, tl.trans(_tile(v, j.to(tl.int64) * vl, key, e, E)), DOT, PRECISION)
+        dp = product(do, tl.trans(tile(v, j.to(tl.int64) * vl, key, e, E)), DOT, PRECISION)
         acc += product(p * (dp - offset[:, None]), keys, DOT, PRECISION)
     spot = dq + place[:, None] * D + c[None, :]
     tl.store(spot, (acc * scale).to(dq.dtype.element_ty), mask=row[:, None] & (c < D)[None, :])
@@ -178,9 +180,9 @@ def _key_gradient(
     bk, j0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BN
     b, kept = (bk // heads).to(tl.int64), (bk % heads).to(tl.int64)
     c, e, j = tl.arange(0, DP), tl.arange(0, EP), j0 + tl.arange(0, BN)
-    key = _real(mask + b * mb, j, M, MASK)
-    keys = _tile(k + b * kb + kept * kh, j.to(tl.int64) * kl, key, c, D)
-    values = _tile(v + b * vb + kept * vh, j.to(tl.int64) * vl, key, e, E)
+    key = real(mask + b * mb, j, M, MASK)
+    keys = tile(k + b * kb + kept * kh, j.to(tl.int64) * kl, key, c, D)
+    values = tile(v + b * vb + kept * vh, j.to(tl.int64) * vl, key, e, E)
     key_acc, value_acc = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, EP], tl.float32)
     first = tl.maximum(0, j0 + L - M - (0 if CAUSAL else W - 1)) // BM * BM
     last = tl.minimum(L, j0 + BN + L - M + W - 1)
@@ -192,12 +194,12 @@ def _key_gradient(
         for i0 in range(first, last, BM):
             i = i0 + tl.arange(0, BM)
             row, place = i < L, (b * H + h) * L + i
-            x = _tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
-            do = _tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
+            x = tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
+            do = tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
             level = tl.load(mass + place, mask=row, other=0.0) * LOG2E
             level = tl.where(level == float("-inf"), 0.0, level)
             offset = tl.load(delta + place, mask=row, other=0.0)
-            s = _scores(x, keys, i + M - L, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
+            s = scores(x, keys, i + M - L, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
             p = tl.exp2(s - level[:, None])
             value_acc += product(tl.trans(p), do, DOT, PRECISION)
             dp = product(do, tl.trans(values), DOT, PRECISION)
@@ -207,6 +209,16 @@ def _key_gradient(
     tl.store(spot, (key_acc * scale).to(dk.dtype.element_ty), mask=inside[:, None] & (c < D)[None, :])
     spot = dv + place[:, None] * E + e[None, :]
     tl.store(spot, value_acc.to(dv.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
+
+
+def delta_of(d_out: Tensor, out: Tensor, d_mass: Tensor | None) -> Tensor:
+    """<do, o> - dl [B, H, L], float32."""
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    _delta[(-(-out.shape[2] // 32) * out.shape[0] * out.shape[1],)](
+        d_out, out, delta if d_mass is None else d_mass.contiguous(), delta, *d_out.stride()[:3], *out.shape[1:3],
+        E=out.shape[3], EP=padded(out.shape[3]), BM=32, MASS=d_mass is not None,
+    )  # fmt: skip
+    return delta
 
 
 class _Call:
@@ -290,12 +302,9 @@ def window_backward(
         return dq, dk, dv
     call = _Call(q, k, v, key_mask, slopes, window, causal, scale)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    d_out, delta = rows_contiguous(d_out), torch.empty_like(mass)
+    d_out = rows_contiguous(d_out)
     with on(q.device):
-        _delta[(-(-call.rows // 32) * call.batch * call.heads,)](
-            d_out, out, mass if d_mass is None else d_mass.contiguous(), delta, *d_out.stride()[:3], call.heads,
-            call.rows, E=v.shape[3], EP=padded(v.shape[3]), BM=32, MASS=d_mass is not None,
-        )  # fmt: skip
+        delta = delta_of(d_out, out, d_mass)
         shared = call.q, call.k, call.v, d_out, mass, delta, call.mask, call.slopes
         sizes = *call.strides, *d_out.stride()[:3], call.mask_stride, *call.sizes
         _query_gradient[call.row_grid](*shared, dq, *sizes, **call.options)
@@ -303,23 +312,4 @@ def window_backward(
     return dq, dk, dv
 
 
-@window_forward.register_fake
-def _(q, k, v, key_mask, slopes, window, causal, scale):
-    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@window_backward.register_fake
-def _(d_out, d_mass, q, k, v, out, mass, key_mask, slopes, window, causal, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, key_mask, slopes, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask, slopes)
-
-
-def _backward(ctx, d_out, d_mass):
-    return *window_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options), *([None] * (2 + len(ctx.options)))
-
-
-window_forward.register_autograd(_backward, setup_context=_setup)
+join_softmax(window_forward, window_backward, fixed=2)

@@ -36,8 +36,8 @@ from core.attention.contract import (
 )
 from core.attention.positions import alibi_bias
 from core.attention.registry import nearest, register
+from core.attention.ring import empty_ring, extend_ring
 from core.attention.variants import softmax
-from core.attention.variants.window import empty_ring, extend_ring
 
 SCORES = ("dot", "general", "concat")
 

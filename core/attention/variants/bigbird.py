@@ -20,13 +20,14 @@ Where we differ:
 
 import torch
 
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.tables import is_short, plan, table_forward
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
     Cost,
     Heads,
+    Sees,
     Variant,
     check_inputs,
     check_whole,
@@ -38,19 +39,28 @@ from core.attention.registry import register
 from core.attention.variants import softmax
 
 
+def listed(block: int, near: int, random: int, seed: int, causal: bool, heads: int, length: int, device) -> Sees:
+    """The pattern of a sequence of this length; it tells the heads apart."""
+    if is_short(length, block, near, random):
+        return lambda head, i, j: torch.ones_like(i + j, dtype=torch.bool)
+    last = -(-length // block) - 1
+    table = plan(heads, last + 1, near, random, seed, causal, device)
+
+    def sees(head, i, j):
+        row, column = i // block, j // block
+        seen = (row == 0) | (row == last)
+        for n in range(table.shape[2]):  # no reduction: flex-attention takes what acts on each pair alone
+            seen = seen | (table[head, row, n] == column)
+        return seen
+
+    return sees
+
+
 def reference(q, k, v, block, near, random, seed, causal, key_mask) -> Attended:
     """The definition: softmax under the dense pattern; k and v have as many heads as q."""
-    length, heads = q.shape[2], q.shape[1]
-    blocks = -(-length // block)
-    reads = torch.ones(heads, blocks, blocks, dtype=torch.bool, device=q.device)
-    if not is_short(length, block, near, random):
-        table = plan(heads, blocks, near, random, seed, causal, q.device)
-        reads = torch.zeros(heads, blocks, blocks + 1, dtype=torch.bool, device=q.device)
-        reads = reads.scatter(2, torch.where(table < 0, blocks, table), True)[:, :, :-1]
-        reads[:, [0, -1]] = True
-    seen = reads.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :length, :length]
-    seen = seen & visible(length, length, causal=causal, key_mask=key_mask, device=q.device)
-    return softmax.reference(q, k, v, seen, q.shape[-1] ** -0.5)
+    sees = listed(block, near, random, seed, causal, q.shape[1], q.shape[2], q.device)
+    given = {"sees": sees, "heads": q.shape[1], "causal": causal, "key_mask": key_mask, "device": q.device}
+    return softmax.reference(q, k, v, visible(q.shape[2], q.shape[2], **given), q.shape[-1] ** -0.5)
 
 
 @implementation("bigbird", "reference")
@@ -63,6 +73,15 @@ def _reference(q, k, v, block, near, random, seed, causal, key_mask) -> Attended
 def _torch(q, k, v, block, near, random, seed, causal, key_mask) -> Attended:
     scale = q.shape[-1] ** -0.5
     return Attended(*table_forward(q, k, v, key_mask, block, near, random, seed, causal, scale))
+
+
+@implementation("bigbird", "flex", **FLEX)
+def _flex(q, k, v, block, near, random, seed, causal, key_mask) -> Attended:
+    from core.attention import flex
+
+    numbers = block, near, random, seed, causal, *q.shape[1:3], q.device
+    given = {"causal": causal, "key_mask": key_mask, "scale": q.shape[-1] ** -0.5, "by_head": True}
+    return flex.attend(q, k, v, listed, numbers, **given)
 
 
 @register(
@@ -116,7 +135,7 @@ class BigBirdAttention(Variant):
             raise ValueError(f"bigbird needs as many queries as keys, got L={q.shape[2]}, M={k.shape[2]}")
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        choice = resolve("bigbird", backend, q.device.type, q.dtype, ())
+        choice = resolve("bigbird", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
         pattern = self.block, self.near, self.random, self.seed, causal
         return choice.run(q, hide(k, key_mask), hide(v, key_mask), *pattern, key_mask)
 

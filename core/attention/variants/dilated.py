@@ -18,34 +18,39 @@ Where we differ:
     counts positions, not steps of the dilation.
 """
 
-import torch
-
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.patterns import pattern_forward
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
     Cost,
     Heads,
+    Sees,
     State,
     Variant,
     check_inputs,
     check_whole,
     hide,
+    near,
     repeat_heads,
     visible,
 )
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
-from core.attention.variants import softmax, window
+from core.attention.ring import empty_ring, extend_ring, keep_ring
+from core.attention.variants import softmax
+from core.attention.variants.window import band_pairs, check_nearest, check_window
+
+
+def spread(width: int, dilation: int) -> Sees:
+    """The pattern."""
+    return lambda head, i, j: near(width * dilation)(head, i, j) & ((i - j) % dilation == 0)
 
 
 def reference(q, k, v, width, dilation, causal, key_mask, scale, bias=None) -> Attended:
     """The definition: softmax under a dense band with gaps; k and v have as many heads as q."""
-    length, keys = q.shape[2], k.shape[2]
-    seen = visible(length, keys, causal=causal, window=width * dilation, key_mask=key_mask, device=q.device)
-    distance = torch.arange(length, device=q.device)[:, None] + keys - length - torch.arange(keys, device=q.device)
-    return softmax.reference(q, k, v, seen & (distance % dilation == 0), scale, bias)
+    given = {"sees": spread(width, dilation), "causal": causal, "key_mask": key_mask, "device": q.device}
+    return softmax.reference(q, k, v, visible(q.shape[2], k.shape[2], **given), scale, bias)
 
 
 def attend(q, k, v, width, dilation, *, causal, key_mask=None, slopes=None, backend="auto") -> Attended:
@@ -54,11 +59,8 @@ def attend(q, k, v, width, dilation, *, causal, key_mask=None, slopes=None, back
     q [B, H, L, D], k [B, K, M, D], v [B, K, M, E]; causal is bottom-right aligned, two-sided needs L = M.
     """
     check_inputs(q, k, v, key_mask, slopes)
-    if not causal and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
-        )
-    choice = resolve("dilated", backend, q.device.type, q.dtype, ())
+    check_nearest(q, k, causal)
+    choice = resolve("dilated", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), width, dilation, causal, key_mask, slopes)
 
 
@@ -73,6 +75,14 @@ def _reference(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
 def _torch(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
     scale = q.shape[-1] ** -0.5
     return Attended(*pattern_forward(q, k, v, key_mask, slopes, "dilated", width, dilation, causal, scale))
+
+
+@implementation("dilated", "flex", **FLEX)
+def _flex(q, k, v, width, dilation, causal, key_mask, slopes) -> Attended:
+    from core.attention import flex
+
+    given = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": q.shape[-1] ** -0.5}
+    return flex.attend(q, k, v, spread, (width, dilation), **given)
 
 
 @register(
@@ -95,7 +105,7 @@ class DilatedAttention(Variant):
 
     def __init__(self, heads: Heads, *, window: int = 64, dilation: int = 4):
         super().__init__(heads)
-        check_whole("window", window, what=" (1 = the position itself)")
+        check_window(window)
         check_whole("dilation", dilation, what=" (1 = a plain window)")
         self.window, self.dilation = window, dilation
 
@@ -120,23 +130,23 @@ class DilatedAttention(Variant):
         return attend(q, k, v, self.window, self.dilation, **options)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
-        return window.empty_ring(self.heads, batch, (self.window - 1) * self.dilation, device, dtype)
+        return empty_ring(self.heads, batch, (self.window - 1) * self.dilation, device, dtype)
 
     def resume(
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        known = window.extend_ring(state, k, v, key_mask)
+        known = extend_ring(state, k, v, key_mask)
         options = {"key_mask": known["mask"], "slopes": slopes, "backend": backend}
         attended = attend(q, known["keys"], known["values"], self.window, self.dilation, causal=True, **options)
-        return attended, window.keep_ring(known, (self.window - 1) * self.dilation)
+        return attended, keep_ring(known, (self.window - 1) * self.dilation)
 
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4) -> Cost:
         h = self.heads
         longer = length % self.dilation  # so many residue classes have one position more
-        pairs = longer * window.band_pairs(length // self.dilation + 1, self.window, causal)
-        pairs += (self.dilation - longer) * window.band_pairs(length // self.dilation, self.window, causal)
+        pairs = longer * band_pairs(length // self.dilation + 1, self.window, causal)
+        pairs += (self.dilation - longer) * band_pairs(length // self.dilation, self.window, causal)
         ring = (self.window - 1) * self.dilation
         return Cost(
             flops=2 * batch * h.query * pairs * (h.width + h.value_width),

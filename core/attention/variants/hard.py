@@ -50,7 +50,7 @@ from core.attention.contract import (
 )
 from core.attention.positions import alibi_bias
 from core.attention.registry import nearest, register
-from core.attention.variants.window import empty_ring, extend_ring
+from core.attention.ring import empty_ring, extend_ring
 
 ESTIMATORS = ("gumbel", "reinforce")
 BASELINE_DECAY = 0.9

@@ -45,9 +45,10 @@ from core.attention.grid import ValueConvolution, last_positions
 from core.attention.learned_maps import LearnedMap
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
+from core.attention.ring import empty_ring, extend_ring, keep_ring
 from core.attention.variants import linear
 from core.attention.variants.window import attend as attend_window
-from core.attention.variants.window import band_pairs, check_window, empty_ring, extend_ring, keep_ring
+from core.attention.variants.window import band_pairs, check_nearest, check_window
 
 
 def reference(
@@ -144,10 +145,7 @@ def hybrid_attention(
             f"more queries than new keys with a state: where would the first {q.shape[2] - k.shape[2]} stand? "
             f"got L={q.shape[2]}, M={k.shape[2]}"
         )
-    if not causal and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
-        )
+    check_nearest(q, k, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     parts = {"window": window, "phi": phi, "gate": gate, "slopes": slopes, "scale": scale, "backend": backend}
     if state is None and not return_state:
@@ -197,20 +195,27 @@ def _reference(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slo
 
 @implementation("hybrid", "torch", serves=("state", "wide features"))
 def _torch(*arguments) -> Attended:
-    return _merged(*arguments, backend="torch")
+    return merged(*arguments, backend="torch")
 
 
-def _triton(*arguments) -> Attended:
-    return _merged(*arguments, backend="triton")
+def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
+    from core.attention.kernels.hybrid import hybrid_forward, prefers
+
+    widest = max(q.shape[3], phi.width(tail_q.shape[3]), v.shape[3])
+    # Learned maps and rotations act before the kernels do, and may leave a level or a turn for after them.
+    turns = rotary is not None or not isinstance(phi, FeatureMap)
+    if not prefers(phi, widest, q.element_size(), causal=causal, decays=slopes is not None, turns=turns):
+        whole = q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary
+        return merged(*whole, backend="triton")
+    tails = (None, None) if tail_q is q and tail_k is k else (tail_q, tail_k)
+    return Attended(*hybrid_forward(q, k, v, *tails, key_mask, gate, phi.name, window, scale))
 
 
 if kernels.PRESENT:
     implementation("hybrid", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
-def _merged(
-    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, *, backend
-) -> Attended:
+def merged(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, *, backend) -> Attended:
     """The window and the tail, each by its own kernel, and their merge."""
     behind = k.shape[2] - q.shape[2] - window  # the newest key of query 0's tail
     tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)  # once for both sides

@@ -44,8 +44,8 @@ from core.attention.contract import (
 from core.attention.feature_maps import FEATURE_MAPS
 from core.attention.positions import alibi_bias
 from core.attention.registry import nearest, register
+from core.attention.ring import empty_ring, extend_ring
 from core.attention.variants import softmax
-from core.attention.variants.window import empty_ring, extend_ring
 
 UPDATES = ("delta", "plain")
 SIGMA = FEATURE_MAPS["elu"]

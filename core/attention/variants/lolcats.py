@@ -44,8 +44,9 @@ from core.attention.feature_maps import FeatureMap
 from core.attention.feature_projection import FeatureProjection, featured
 from core.attention.learned_maps import LearnedMap
 from core.attention.registry import register
+from core.attention.ring import extend_ring, keep_ring
 from core.attention.variants import hybrid, linear
-from core.attention.variants.window import band_pairs, check_window, extend_ring, keep_ring
+from core.attention.variants.window import band_pairs, check_window
 
 
 def reference(q, k, v, fq, fk, window, ratio, key_mask, scale, turned=None, level=None, floor=0.0) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
@@ -72,9 +72,19 @@ def _reference(variant, q, k, v, x, marked, room, rotary, causal, key_mask) -> A
 
 
 @implementation("longformer", "torch")
-def _torch(variant, q, k, v, x, marked, room, rotary, causal, key_mask) -> Attended:
+def _torch(*arguments) -> Attended:
+    return _merged(*arguments, backend="torch")
+
+
+@implementation("longformer", "flex", **FLEX)
+def _flex(*arguments) -> Attended:
+    return _merged(*arguments, backend="flex")
+
+
+def _merged(variant, q, k, v, x, marked, room, rotary, causal, key_mask, *, backend) -> Attended:
+    """The window by a backend of its own; the few global rows and columns in blocks; and their merge."""
     real = marked.new_ones(marked.shape) if key_mask is None else key_mask
-    near = window.attend(q, k, v, variant.window, causal=causal, key_mask=real & ~marked, backend="torch")
+    near = window.attend(q, k, v, variant.window, causal=causal, key_mask=real & ~marked, backend=backend)
     if room == 0:
         return near
     index, valid = _slots(marked, room)
@@ -200,7 +210,7 @@ class LongformerAttention(Variant):
         if key_mask is not None:
             k, v, x = hide(k, key_mask), hide(v, key_mask), torch.where(key_mask.unsqueeze(-1), x, 0.0)
         marked, room = self._marked(inputs.marked, key_mask, x)
-        choice = resolve("longformer", backend, q.device.type, q.dtype, ())
+        choice = resolve("longformer", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
         return choice.run(self, q, k, v, x, marked, room, rotary, causal, key_mask)
 
     def _marked(self, given: Tensor | None, key_mask: Tensor | None, x: Tensor) -> tuple[Tensor, int]:

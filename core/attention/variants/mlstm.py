@@ -86,11 +86,11 @@ class MLSTMAttention(Recurrence):
     ) -> Attended:
         parts = self._parts(q, k, v, key_mask, rotary, inputs)
         stable, top = _stabilised(*parts, plain=backend == "reference")
-        read, _ = self._run(stable, None, backend)
+        read, _ = self._run(stable, None, backend, v.dtype)
         if not causal:
             # The other direction has its own maximum; both are brought to the larger of the two.
             mirrored, far = _stabilised(*(part.flip(2) for part in parts), plain=backend == "reference")
-            other, far = self._from_the_end(tuple(part.flip(2) for part in mirrored), backend), far.flip(2)
+            other, far = self._from_the_end(tuple(part.flip(2) for part in mirrored), backend, v.dtype), far.flip(2)
             both = torch.maximum(top, far)
             read, top = _times(read, (top - both).exp()) + _times(other, (far - both).exp()), both
         return Attended(self.finish(_divided(read, top), v, inputs), None)
@@ -103,7 +103,7 @@ class MLSTMAttention(Recurrence):
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         stable, top = _stabilised(*self._parts(q, k, v, key_mask, rotary, inputs), first=state["top"])
-        read, end = self._run(stable, state["sum"], backend)
+        read, end = self._run(stable, state["sum"], backend, v.dtype)
         out = self.finish(_divided(read, top), v, inputs)
         return Attended(out, None), {"sum": end, "top": top[..., -1].to(state["top"].dtype)}
 

@@ -28,6 +28,7 @@ from core.attention.contract import (
 )
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
+from core.attention.ring import empty_ring, extend_ring
 
 
 def reference(q, k, v, seen, scale, bias=None) -> Attended:
@@ -201,27 +202,14 @@ class SoftmaxAttention(Variant):
         )
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
-        def empty(width):
-            return torch.empty(batch, self.heads.key, 0, width, device=device, dtype=dtype)
-
-        return {
-            "keys": empty(self.heads.width),
-            "values": empty(self.heads.value_width),
-            "mask": torch.empty(batch, 0, dtype=torch.bool, device=device),
-        }
+        return empty_ring(self.heads, batch, 0, device, dtype)
 
     def resume(
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        if key_mask is None:
-            key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-        new = {
-            "keys": torch.cat((state["keys"], hide(k, key_mask)), 2),
-            "values": torch.cat((state["values"], hide(v, key_mask)), 2),
-            "mask": torch.cat((state["mask"], key_mask), 1),
-        }
+        new = extend_ring(state, k, v, key_mask)
         options = {"key_mask": new["mask"], "slopes": slopes, "backend": backend}
         return attend(q, new["keys"], new["values"], causal=True, **options), new
 

@@ -28,38 +28,40 @@ Where we differ:
     padding changes nothing; `fixed` counts its blocks from the start.
 """
 
-import torch
-
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.patterns import pattern_forward
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
     Cost,
     Heads,
+    Sees,
     State,
     Variant,
     check_inputs,
     check_whole,
     hide,
+    near,
     repeat_heads,
     visible,
 )
 from core.attention.registry import register
-from core.attention.variants import softmax, window
+from core.attention.ring import empty_ring, extend_ring
+from core.attention.variants import softmax
+from core.attention.variants.window import band_pairs
+
+
+def shown(pattern: str, stride: int, summary: int) -> Sees:
+    """The pattern "strided" or "fixed"."""
+    if pattern == "strided":
+        return lambda head, i, j: near(stride)(head, i, j) | ((i - j) % stride == 0)
+    return lambda head, i, j: (i // stride == j // stride) | (j % stride >= stride - summary)
 
 
 def reference(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
     """The definition: softmax under the dense pattern; k and v have as many heads as q."""
-    length, keys = q.shape[2], k.shape[2]
-    i = torch.arange(length, device=q.device)[:, None] + keys - length
-    j = torch.arange(keys, device=q.device)[None, :]
-    if pattern == "strided":
-        seen = ((i - j).abs() < stride) | ((i - j) % stride == 0)
-    else:
-        seen = (i // stride == j // stride) | (j % stride >= stride - summary)
-    seen = seen & visible(length, keys, causal=causal, key_mask=key_mask, device=q.device)
-    return softmax.reference(q, k, v, seen, q.shape[-1] ** -0.5)
+    given = {"sees": shown(pattern, stride, summary), "causal": causal, "key_mask": key_mask, "device": q.device}
+    return softmax.reference(q, k, v, visible(q.shape[2], k.shape[2], **given), q.shape[-1] ** -0.5)
 
 
 def attend(q, k, v, pattern, stride, summary=0, *, causal, key_mask=None, backend="auto") -> Attended:
@@ -70,7 +72,7 @@ def attend(q, k, v, pattern, stride, summary=0, *, causal, key_mask=None, backen
     check_inputs(q, k, v, key_mask)
     if q.shape[2] > k.shape[2] or (not causal and q.shape[2] != k.shape[2]):
         raise ValueError(f"{pattern} attention needs L {'<=' if causal else '='} M, got L={q.shape[2]}, M={k.shape[2]}")
-    choice = resolve(pattern, backend, q.device.type, q.dtype, ())
+    choice = resolve(pattern, backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), pattern, stride, summary, causal, key_mask)
 
 
@@ -86,6 +88,15 @@ def _reference(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
 def _torch(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
     scale = q.shape[-1] ** -0.5
     return Attended(*pattern_forward(q, k, v, key_mask, None, pattern, summary, stride, causal, scale))
+
+
+@implementation("strided", "flex", **FLEX)
+@implementation("fixed", "flex", **FLEX)
+def _flex(q, k, v, pattern, stride, summary, causal, key_mask) -> Attended:
+    from core.attention import flex
+
+    given = {"causal": causal, "key_mask": key_mask, "scale": q.shape[-1] ** -0.5}
+    return flex.attend(q, k, v, shown, (pattern, stride, summary), **given)
 
 
 class _SparseTransformer(Variant):
@@ -121,14 +132,14 @@ class _SparseTransformer(Variant):
         return attend(q, k, v, self.name, self.stride, self.summary, **options)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
-        return window.empty_ring(self.heads, batch, 0, device, dtype)
+        return empty_ring(self.heads, batch, 0, device, dtype)
 
     def resume(
         self, q, k, v, state: State, *, key_mask=None, rotary=None, slopes=None, backend="auto", inputs=NO_INPUTS
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        known = window.extend_ring(state, k, v, key_mask)
+        known = extend_ring(state, k, v, key_mask)
         options = {"causal": True, "key_mask": known["mask"], "backend": backend}
         return attend(q, known["keys"], known["values"], self.name, self.stride, self.summary, **options), known
 
@@ -166,7 +177,7 @@ class StridedAttention(_SparseTransformer):
     def pairs(self, length: int, causal: bool) -> int:
         whole, longer = divmod(length, self.stride)
         far = longer * whole * (whole + 1) // 2 + (self.stride - longer) * whole * (whole - 1) // 2
-        return window.band_pairs(length, self.stride, causal) + (far if causal else 2 * far)
+        return band_pairs(length, self.stride, causal) + (far if causal else 2 * far)
 
 
 @register(

@@ -44,8 +44,8 @@ from core.attention.contract import (
 from core.attention.feature_maps import FEATURE_MAPS
 from core.attention.positions import alibi_bias
 from core.attention.registry import nearest, register
+from core.attention.ring import extend_ring, keep_ring
 from core.attention.variants import linear, softmax
-from core.attention.variants.window import extend_ring, keep_ring
 
 ELEMENTWISE = ("elu", "identity", "relu", "silu")
 """Feature maps that act on each number, which is all that a norm or a difference instead of a quotient asks for."""

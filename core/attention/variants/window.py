@@ -12,11 +12,10 @@ Where we differ:
     Other libraries count the window to one side without the query's own position (window - 1 here).
 """
 
-import torch
 from torch import Tensor
 
 from core.attention import kernels
-from core.attention.backends import implementation, resolve
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.window import window_forward
 from core.attention.contract import (
     NO_INPUTS,
@@ -26,12 +25,15 @@ from core.attention.contract import (
     State,
     Variant,
     check_inputs,
+    check_whole,
     hide,
+    near,
     repeat_heads,
     visible,
 )
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
+from core.attention.ring import empty_ring, extend_ring, keep_ring
 from core.attention.variants import softmax
 
 
@@ -66,7 +68,7 @@ def sliding_window_attention(
         slopes: [H] ALiBi slopes; adds -slope_h |i + M - L - j| to the scores.
         scale: factor of the scores, default 1/sqrt(D).
         return_mass: return `Attended` with the log mass.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch" or "reference"; on CUDA also "triton" or "flex".
 
     Returns:
         [B, H, L, E] in the dtype of v, or `Attended`. A query that sees no key gives 0 and mass -inf.
@@ -83,32 +85,43 @@ def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, b
     """`sliding_window_attention`, always with the mass, which comes for nothing."""
     check_inputs(q, k, v, key_mask, slopes)
     check_window(window)
-    if not causal and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
-        )
+    check_nearest(q, k, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    needs = ("wide heads",) if max(q.shape[3], v.shape[3]) > kernels.WIDEST else ()
-    choice = resolve("window", backend, q.device.type, q.dtype, needs)
+    choice = resolve("window", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
     return choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale)
 
 
 def check_window(window: int) -> None:
     """Raise ValueError unless `window` is a whole number of at least 1."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be a whole number of at least 1 (1 = the position itself), got {window!r}")
+    check_whole("window", window, what=" (1 = the position itself)")
 
 
-@implementation("window", "reference", serves=("wide heads",))
+def check_nearest(q: Tensor, k: Tensor, causal: bool) -> None:
+    """Raise ValueError where no key is the nearest to a query: two-sided, with L != M."""
+    if not causal and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"a two-sided window needs as many queries as keys (nearest to what?), got L={q.shape[2]}, M={k.shape[2]}"
+        )
+
+
+@implementation("window", "reference")
 def _reference(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
     bias = None if slopes is None else alibi_bias(slopes.to(q.dtype), q.shape[2], k.shape[2])
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return reference(q, k, v, window, causal, key_mask, scale, bias)
 
 
-@implementation("window", "torch", serves=("wide heads",))
+@implementation("window", "torch")
 def _torch(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
     return Attended(*window_forward(q, k, v, key_mask, slopes, window, causal, scale))
+
+
+@implementation("window", "flex", **FLEX)
+def _flex(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
+    from core.attention import flex
+
+    given = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale}
+    return flex.attend(q, k, v, near, (window,), **given)
 
 
 def _triton(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
@@ -118,7 +131,8 @@ def _triton(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
 
 
 if kernels.PRESENT:
-    implementation("window", "triton", devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+    given = {"devices": kernels.DEVICES, "dtypes": kernels.DTYPES, "widths": (1, kernels.WIDEST)}
+    implementation("window", "triton", **given)(_triton)
 
 
 @register(
@@ -188,33 +202,3 @@ def band_pairs(length: int, window: int, causal: bool) -> int:
     reach = min(window, length)
     one_side = length * reach - reach * (reach - 1) // 2
     return one_side if causal else 2 * one_side - length
-
-
-def empty_ring(heads: Heads, batch: int, size: int, device, dtype) -> State:
-    """A ring of `size` keys and values, none of them real yet; its shape never changes."""
-    return {
-        "keys": torch.zeros(batch, heads.key, size, heads.width, device=device, dtype=dtype),
-        "values": torch.zeros(batch, heads.key, size, heads.value_width, device=device, dtype=dtype),
-        "mask": torch.zeros(batch, size, dtype=torch.bool, device=device),
-    }
-
-
-def extend_ring(state: State, k: Tensor, v: Tensor, key_mask: Tensor | None) -> State:
-    """The ring's keys followed by the new ones, with their masks."""
-    if key_mask is None:
-        key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-    return {
-        "keys": torch.cat((state["keys"], hide(k, key_mask)), 2),
-        "values": torch.cat((state["values"], hide(v, key_mask)), 2),
-        "mask": torch.cat((state["mask"], key_mask), 1),
-    }
-
-
-def keep_ring(all_keys: State, size: int) -> State:
-    """The last `size` of these keys."""
-    start = all_keys["mask"].shape[1] - size
-    return {
-        "keys": all_keys["keys"][:, :, start:].contiguous(),
-        "values": all_keys["values"][:, :, start:].contiguous(),
-        "mask": all_keys["mask"][:, start:].contiguous(),
-    }

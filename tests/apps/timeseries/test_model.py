@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apps.timeseries.model import Forecaster, Patches, default_patch, pack, unpack
+from apps.timeseries.model import Forecaster, Patches, default_patch
 from core.attention.registry import available, entry, variant_class
 
 CHANNELS = ("independent", "mixed", "tokens")
@@ -132,10 +132,3 @@ def test_the_cost_counts_what_is_there():
 def test_a_patch_longer_than_the_lookback_is_refused():
     with pytest.raises(ValueError, match=r"model.patch=64 is longer than the look-back of 40 steps"):
         build(patch=64, stride=8)
-
-
-def test_packing_a_matrix_keeps_every_bit():
-    matrix = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    packed = pack(matrix)
-    assert isinstance(packed["float32"], str)
-    assert torch.equal(unpack(packed), matrix)

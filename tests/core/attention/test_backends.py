@@ -52,13 +52,13 @@ def test_set_backend_forces_and_gives_back():
 def test_a_new_implementation_joins_by_one_decorator(monkeypatch):
     monkeypatch.setattr(backends, "_table", {name: dict(row) for name, row in backends._table.items()})
 
-    @backends.implementation("window", "flex", dtypes=(torch.float16,))
+    @backends.implementation("window", "fla", dtypes=(torch.float16,))
     def fast(*_):
         return "fast"
 
     assert backends.resolve("window", "auto", "cuda", torch.float16, ()).run is fast
     assert backends.resolve("window", "auto", "cuda", torch.float32, ()).name == "torch"
-    assert "flex: does not serve float32" in explain_backend("window", device="cuda")
+    assert "fla: does not serve float32" in explain_backend("window", device="cuda")
 
 
 @pytest.mark.parametrize("causal", [False, True])

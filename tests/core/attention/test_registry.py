@@ -3,10 +3,12 @@
 import inspect
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from core.attention import available
+from core.attention import available, registry
 from core.attention.registry import check, entry, nearest, variant_class
 
 
@@ -19,6 +21,14 @@ def test_the_entry_read_from_the_source_is_the_class(name):
     assert entry(name).source
     assert cls.name == name
     assert cls.can <= {"causal", "bidirectional", "cross", "recurrent", "mass", "dropout", "grid", "global"}
+
+
+def test_no_class_of_the_files_is_overlooked():
+    folder = Path(registry.__file__).parent / "variants"
+    for path in folder.glob("**/*.py"):
+        import_module(".".join(("core.attention.variants", *path.relative_to(folder).with_suffix("").parts)))
+    ours = {name for name, cls in registry._registered.items() if cls.__module__.startswith("core.attention.variants.")}
+    assert ours == set(registry._shipped())
 
 
 def test_listing_and_checking_load_no_torch():

@@ -224,8 +224,16 @@ def test_masked_keys_do_not_enter_the_state(name, more, positions):
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "more", "positions", "causal"), DIRECTED)
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("name", "more", "positions", "causal", "key_heads"),
+    # The number of key heads is one thing, options and positions another.
+    [pytest.param(*one.values, 2, id=one.id) for one in DIRECTED]
+    + [
+        pytest.param(one.values[0], {}, None, one.values[1], heads, id=f"{one.id}-{heads}")
+        for one in NAMES
+        for heads in (4, 1)
+    ],
+)
 def test_cost_is_what_is_measured(name, more, positions, causal, key_heads):
     more = {**more, "short_conv": 3} if key_heads == 2 else more
     attention = layer(name, more, positions, causal=causal, dtype=torch.float32, num_kv_heads=key_heads)

@@ -60,7 +60,8 @@ def test_labels_are_attention_sections():
 
 
 def test_recall_prints_rows_and_a_table(monkeypatch, capsys):
-    def measured(attentions, seeds, *, device):
+    def measured(attentions, seeds, *, probes, device):
+        assert [probe.name for probe in probes] == ["pairs"]
         for seed in seeds:
             accuracy = {"2": 1.0, "16": 0.5 + seed / 10}
             yield {
@@ -73,9 +74,9 @@ def test_recall_prints_rows_and_a_table(monkeypatch, capsys):
             }
 
     monkeypatch.setattr(benches.recall, "measure", measured)
-    result = bench("recall", variants=["linear"], seeds=(0, 1, 2), device="cpu")
+    result = bench("recall", variants=["linear"], seeds=(0, 1, 2), tasks=["pairs"], device="cpu")
     assert [row["seed"] for row in result["rows"]] == [0, 1, 2]
-    assert result["probes"]["pairs"]["values"] == 32
+    assert {name: probe["values"] for name, probe in result["probes"].items()} == {"pairs": 32}
     assert capsys.readouterr().out.endswith(
         "| pairs | pairs 2 | pairs 16 | decoding state |\n|---|---|---|---|\n"
         "| `linear` | 100 (100 to 100) | 60 (50 to 70) | 1.5 kB |\n| chance | 3 | 3 | |\n"
@@ -94,6 +95,11 @@ def test_recall_prints_rows_and_a_table(monkeypatch, capsys):
         (["--variants", "based"], "speed measures one layer; 'based' is a layout of several"),
         (["--variants", "window:windw=3"], "--variants: attention 'window' has no option 'windw'"),
         (["--variants", "window:window"], "must have the form name or name:option=value"),
+        (["--tasks", "needle"], "--tasks goes with --suite recall"),
+        (
+            ["--suite", "recall", "--tasks", "needel"],
+            "--tasks: unknown task 'needel' (did you mean 'needle'?); known: pairs, needle",
+        ),
         (["--seeds", "3"], "--seeds goes with --suite recall"),
         (["--out", "no/where.json"], "--out no/where.json: there is no folder no"),
     ],

@@ -296,28 +296,22 @@ def test_two_comparisons_do_not_share_a_folder(fake, toy):
             fake()
 
 
-# Four fresh processes import torch and Lightning: half a minute alone, minutes on a machine that is busy.
+# Two fresh processes import torch and Lightning: half a minute of CPU, minutes on a machine that is busy.
 @pytest.mark.timeout(600)
 def test_the_real_thing(toy, toy_environment):
-    """Two variants, two seeds, two steps, as processes, through the command; then a report from the folder alone."""
-    command = "compare toy/demo trainer.max_steps=2 --variants softmax,linear --seeds 2 --jobs 2 --run-dir cmp"
+    """Two variants, two steps, as processes, through the command; then a report from the folder alone."""
+    command = "compare toy/demo trainer.max_steps=2 --variants softmax,linear --seeds 1 --jobs 2 --run-dir cmp"
     done = subprocess.run(
         [sys.executable, "-m", "apps", *command.split()], cwd=toy, env=toy_environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     runs = list(read_runs(toy / "cmp").values())
-    assert sorted((run.variant, run.seed, run.status) for run in runs) == [
-        (variant, seed, "ok") for variant in ("linear", "softmax") for seed in (0, 1)
-    ]
+    assert sorted((run.variant, run.seed, run.status) for run in runs) == [("linear", 0, "ok"), ("softmax", 0, "ok")]
     assert all(run.cost["step_ms"] > 0 and run.cost["peak_bytes"] > 0 for run in runs)
-    # The toy model has no attention, so equal seeds must agree to the last bit: same order, same budget, same start.
-    values = {(run.variant, run.seed): run.metrics["test"]["mse"] for run in runs}
-    assert values["softmax", 0] == values["linear", 0]
-    assert values["softmax", 1] == values["linear", 1]
-    assert values["softmax", 0] != values["softmax", 1]
+    # The toy model has no attention, so they must agree to the last bit: same order, same budget, same start.
+    assert runs[0].metrics["test"]["mse"] == runs[1].metrics["test"]["mse"]
     assert sum("zero" in run.metrics["floors"] for run in runs) == 1
     page = (toy / "cmp" / "report.html").read_text()
     assert len(re.findall("<svg", page)) == 3
-    assert "identical in every seed" in page
     assert str(toy) not in page
     assert {path.name for path in report(toy / "cmp")} >= {"report.html", "report.md"}

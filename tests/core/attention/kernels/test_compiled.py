@@ -14,13 +14,15 @@ import pytest
 
 SCRIPT = """
 import json
+import sys
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from core.attention.kernels import features, linear, linear_sweeps, step, window
+from core.attention.kernels import delta, features, gated, gated_sweeps, hybrid, hybrid_sweeps, linear
+from core.attention.kernels import linear_sweeps, step, window
 
-ELEMENTS = {"q", "k", "v", "d_out", "out", "dq", "dk", "dv"}
+ELEMENTS = {"q", "k", "v", "d_out", "out", "dq", "dk", "dv", "x", "a", "c", "da", "dc"}
 NUMBERS = {"scale", "least"}
 SCALES = {"scale"}  # a number in the window's kernels, a pointer in the linear ones
 DOT = {"bf16": tl.bfloat16, "fp16": tl.float32, "fp32": tl.float32}
@@ -33,7 +35,7 @@ def build(kernel, element, arch, blocks, constants):
         if name in given:
             signature[name] = "constexpr"
             continue
-        number = name == "least" or (name == "scale" and kernel in WINDOW)
+        number = name == "least" or (name == "scale" and kernel in WINDOW + HYBRID)
         pointer = kernel.params[at].name in POINTERS and not number
         kind = element if name in ELEMENTS else "u8" if name == "mask" else "fp32"
         signature[name] = "*" + kind if pointer else "fp32" if number else "i32"
@@ -46,33 +48,59 @@ def build(kernel, element, arch, blocks, constants):
 
 
 POINTERS = ELEMENTS | {"mask", "gate", "rate", "floor", "states", "mass", "den", "end", "scale", "d_den", "sums"}
-POINTERS |= {"totals", "first", "along", "d_first", "slopes", "delta", "d_mass", "state", "count"}
+POINTERS |= {"totals", "first", "along", "d_first", "slopes", "delta", "d_mass", "state", "count", "beta", "g", "b"}
+POINTERS |= {"t", "y", "z", "dq_parts", "dk_parts", "d_end", "far", "d_gate"}
 LINEAR = [linear_sweeps.write, linear_sweeps.forward, linear_sweeps.query_gradient, linear_sweeps.key_gradient]
 LINEAR += [features.row_gradients, step._step]
 WINDOW = [window._forward, window._delta, window._query_gradient, window._key_gradient]
+GATED = [gated_sweeps.cumulate, gated_sweeps.inner, gated_sweeps.inner_gradient, gated_sweeps.write]
+GATED += [gated_sweeps.forward, gated_sweeps.query_gradient, gated_sweeps.key_gradient]
+DELTA = [delta._couple, delta._solve, delta._solve_gradient]
+HYBRID = [hybrid_sweeps.forward, hybrid_sweeps.query_gradient, hybrid_sweeps.key_gradient]
 names = {80: "ampere", 90: "hopper"}
+step_blocks = linear.BLOCKS[None]
 found = []
-for arch, element, size in ((90, "bf16", 2), (90, "fp16", 2), (90, "fp32", 4), (80, "bf16", 2)):
-    precision = "ieee" if element == "fp32" else "tf32"
-    for D, F, FP, name in ((64, 64, 64, "elu"), (128, 128, 128, "relu"), (16, 153, 256, "taylor")):
-        table = linear.BLOCKS
-        blocks = table.get((names[arch], FP, size)) or table[None]
-        tile = min(blocks.values, 128)
-        flags = {"ONES": True, "MASK": True, "NORMALIZE": True, "CAUSAL": True, "STATE": True, "KEEP": True}
-        flags |= {"FLOOR": True, "MASS": True, "COUNT": True, "REVERSE": False, "DECAY": "constant"}
-        shape = {"D": D, "F": F, "E": 128, "FP": FP, "DP": max(16, D), "BE": tile, "EP": 128, "MAP": name}
-        for kernel in LINEAR:
-            chunk = max(16, blocks.chunk // 2) if kernel is linear_sweeps.key_gradient else blocks.chunk
-            constants = {**flags, **shape, "C": chunk, "DOT": DOT[element], "PRECISION": precision}
-            found.append((kernel.__name__, element, arch, FP, build(kernel, element, arch, blocks, constants)))
-    for width in (64, 128, 256):
-        blocks = window.BLOCKS.get((names[arch], width, size)) or window.BLOCKS[None]
-        shape = {"D": width, "E": width, "DP": width, "EP": width, "BM": blocks.chunk, "BN": blocks.values}
-        flags = {"CAUSAL": True, "MASK": True, "ALIBI": True, "MASS": True, "PRECISION": precision}
-        dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[element]
-        for kernel in WINDOW:
-            constants = {**shape, **flags, "DOT": dot}
-            found.append((kernel.__name__, element, arch, width, build(kernel, element, arch, blocks, constants)))
+arch, element, size = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+precision = "ieee" if element == "fp32" else "tf32"
+for D, F, FP, name in ((64, 64, 64, "elu"), (128, 128, 128, "relu"), (16, 153, 256, "taylor")):
+    table = linear.BLOCKS
+    blocks = table.get((names[arch], FP, size)) or table[None]
+    tile = min(blocks.values, 128)
+    flags = {"ONES": True, "MASK": True, "NORMALIZE": True, "CAUSAL": True, "STATE": True, "KEEP": True}
+    flags |= {"FLOOR": True, "MASS": True, "COUNT": True, "REVERSE": False, "DECAY": "constant", "DELTA": False}
+    shape = {"D": D, "F": F, "E": 128, "FP": FP, "DP": max(16, D), "BE": tile, "EP": 128, "MAP": name}
+    for kernel in LINEAR:
+        chunk = max(16, blocks.chunk // 2) if kernel is linear_sweeps.key_gradient else blocks.chunk
+        constants = {**flags, **shape, "C": chunk, "DOT": DOT[element], "PRECISION": precision}
+        found.append((kernel.__name__, FP, build(kernel, element, arch, blocks, constants)))
+for width in (64, 128, 256):
+    blocks = window.BLOCKS.get((names[arch], width, size)) or window.BLOCKS[None]
+    shape = {"D": width, "E": width, "DP": width, "EP": width, "BM": blocks.chunk, "BN": blocks.values}
+    flags = {"CAUSAL": True, "MASK": True, "ALIBI": True, "MASS": True, "PRECISION": precision}
+    dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[element]
+    for kernel in WINDOW:
+        constants = {**shape, **flags, "DOT": dot}
+        found.append((kernel.__name__, width, build(kernel, element, arch, blocks, constants)))
+for module, kernels in ((gated, GATED), (delta, DELTA)):
+    for width, vector in ((64, True), (128, False), (256, True)):
+        blocks = module.BLOCKS.get((names[arch], width, size)) or module.BLOCKS[None]
+        constants = {"F": width, "FP": width, "E": 128, "EP": 64, "BE": blocks.values, "C": blocks.chunk}
+        constants |= {"STATE": True, "KEEP": True, "REVERSE": True, "VECTOR": vector}
+        constants |= {"DOT": DOT[element], "PRECISION": precision}
+        for kernel in kernels:
+            found.append((kernel.__name__, width, build(kernel, element, arch, blocks, constants)))
+constants = {"D": 64, "F": 64, "E": 64, "FP": 64, "BE": 32, "MAP": "identity", "DECAY": "vector", "ONES": False}
+constants |= {"MASK": False, "COUNT": False, "NORMALIZE": False, "DELTA": True}
+found.append(("delta step", 64, build(step._step, element, arch, step_blocks, constants)))
+for width in (64, hybrid.WIDEST // size):
+    blocks = hybrid.BLOCKS.get((names[arch], width, size)) or hybrid.BLOCKS[None]
+    widths = dict.fromkeys(("D", "G", "F", "E", "DP", "FP", "EP"), width)
+    constants = {**widths, "BN": blocks.values, "MAP": "elu", "MASK": True, "STATE": True, "SAME": False}
+    constants |= {"DOT": DOT[element], "PRECISION": precision}
+    for kernel in HYBRID:
+        rows = max(16, blocks.chunk // 2) if kernel is hybrid_sweeps.key_gradient else blocks.chunk
+        used = build(kernel, element, arch, blocks, {**constants, "BM": rows})
+        found.append((kernel.__name__, width, used))
 print(json.dumps(found))
 """
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -80,13 +108,15 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_and_fits_into_shared_memory():
+@pytest.mark.parametrize(
+    ("arch", "element", "size"), [(90, "bf16", 2), (90, "fp16", 2), (90, "fp32", 4), (80, "bf16", 2)]
+)
+def test_every_kernel_compiles_and_fits_into_shared_memory(arch, element, size):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(arch), element, str(size)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout)
-    assert len(found) == 4 * (3 * 6 + 3 * 4)
-    for name, element, arch, width, shared in found:
-        assert shared <= SHARED[arch], f"{name} {element} sm_{arch} width {width}: {shared} bytes"
+    assert len(found) == 3 * 6 + 3 * 4 + 3 * 10 + 1 + 2 * 3
+    for name, width, shared in found:
+        assert shared <= SHARED[arch], f"{name} width {width}: {shared} bytes"

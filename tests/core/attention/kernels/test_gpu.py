@@ -1,10 +1,19 @@
-"""On a GPU, at sizes that fill it: the bound of the plain formula, the same bits twice, long sequences, CUDA graphs."""
+"""On a GPU, at sizes that fill it: the bound of the plain formula, the same bits twice, long sequences, CUDA graphs.
+
+Our kernels, and flex-attention under the patterns of the sparse variants.
+"""
+
+from functools import partial
 
 import pytest
 import torch
 
 from core.attention import hybrid_attention, linear_attention, sliding_window_attention
+from core.attention.contract import Heads, Inputs
+from core.attention.kernels import delta, gated, hybrid
 from core.attention.positions import alibi_slopes
+from core.attention.recurrence import reference
+from core.attention.registry import build
 
 pytestmark = pytest.mark.gpu
 
@@ -19,6 +28,28 @@ MECHANISMS = {
 }
 
 
+def sparse(q, k, v, *, name, backend, causal=True, key_mask=None, slopes=None, **options):
+    """A sparse variant; its own weights and the layer's input are the same numbers in every dtype."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        variant = build(name, Heads(q.shape[1], k.shape[1], q.shape[3], v.shape[3], 32), **options).bfloat16().to(q)
+        x = torch.randn(q.shape[0], q.shape[2], 32).bfloat16().to(q)
+    given = {"slopes": slopes if "alibi" in variant.positions else None, "inputs": Inputs(x)}
+    return variant(q, k, v, causal=causal, key_mask=key_mask, backend=backend, **given).out
+
+
+PATTERNS = {
+    "dilated": (partial(sparse, name="dilated"), {"window": 40, "dilation": 3}),
+    "dilated, both": (partial(sparse, name="dilated"), {"window": 40, "dilation": 3, "causal": False}),
+    "strided": (partial(sparse, name="strided"), {"stride": 90}),
+    "fixed": (partial(sparse, name="fixed"), {"stride": 90}),
+    "bigbird": (partial(sparse, name="bigbird"), {"block": 32}),
+    "longformer": (partial(sparse, name="longformer"), {"window": 100, "global_tokens": 3}),
+}
+CASES = [(name, "triton") for name in MECHANISMS]
+CASES += [(name, "flex") for name in ("window", "window, both", *PATTERNS)]
+
+
 def inputs(name, length, dtype, device, heads=8, kept=2, batch=2):
     width = 16 if name == "taylor" else 64
     generator = torch.Generator(device).manual_seed(0)
@@ -28,21 +59,22 @@ def inputs(name, length, dtype, device, heads=8, kept=2, batch=2):
 
 
 def results(name, backend, tensors, **extra):
-    attention, options = MECHANISMS[name]
+    attention, options = {**MECHANISMS, **PATTERNS}[name]
     out = attention(*tensors, backend=backend, **options, **extra)
     return out, *torch.autograd.grad(out.to(torch.promote_types(out.dtype, torch.float32)).square().sum(), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("decayed", [False, True])
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_error_is_at_most_twice_that_of_the_plain_formula(name, decayed, dtype, device):
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_error_is_at_most_twice_that_of_the_plain_formula(name, backend, decayed, dtype, device):
     near = inputs(name, LENGTH, dtype, device)
     wide = [x.detach().double().requires_grad_() for x in near]
     mask = torch.rand(2, LENGTH, device=device) > 0.1
+    mask[0, :5] = False  # causal, these queries see nothing
     extra = {"key_mask": mask, "slopes": alibi_slopes(8).to(device) if decayed else None}
     truth, plain = results(name, "reference", wide, **extra), results(name, "reference", near, **extra)
-    got = results(name, "triton", near, **extra)
+    got = results(name, backend, near, **extra)
     tiny = 1e-6 if dtype == torch.float32 else 1e-5
     for n, (mine, rough, exact) in enumerate(zip(got, plain, truth)):
         error, limit = ((x.double() - exact).abs().max().item() for x in (mine, rough))
@@ -70,12 +102,99 @@ def test_more_numbers_than_32_bits_can_count(name, device):
     torch.testing.assert_close(last, torch.full_like(last, 1.0 if name == "window" else 0.5), rtol=1e-2, atol=1e-2)
 
 
+def test_a_long_sequence_by_flex_keeps_no_square_tensor(device):
+    """131,072 tokens: a mask of all pairs would take 16 GiB; every length after the second runs what is compiled."""
+    for length in (1000, 3000, 131072):
+        q = torch.ones(1, 2, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        out = sliding_window_attention(q, q, q, window=64, causal=True, backend="flex")
+        out.sum().backward()
+        torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-2, atol=1e-2)
+    assert torch.cuda.max_memory_allocated() < 2**31
+
+
 def test_runs_inside_a_cuda_graph(device):
     q, k, v = (x.detach() for x in inputs("hybrid", 512, torch.bfloat16, device))
+    gates = [x.detach() for x in gated_inputs("delta", 512, torch.bfloat16, device)]
+    recalled = delta.scan(*gates[:-1], state=gates[-1])[0]
     want = hybrid_attention(q, k, v, window=64, causal=True, backend="triton")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         got = hybrid_attention(q, k, v, window=64, causal=True, backend="triton")
+        again = delta.scan(*gates[:-1], state=gates[-1])[0]
     graph.replay()
     assert torch.equal(got, want)
+    assert torch.equal(again, recalled)
+
+
+def gated_inputs(kind, length, dtype, device, heads=4, kept=2, batch=2, width=64, values=128):
+    """(q, k, v, gates..., first state) of a recurrence, with strong gates among mild ones."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    q, k = normal(batch, heads, length, width) * width**-0.5, normal(batch, kept, length, width)
+    gate = normal(batch, kept, length, *((width,) if kind.startswith("vector") else ()))
+    gates = [-torch.where(gate > 2, 30.0, 0.1) * gate.abs()]
+    if kind.endswith("delta"):
+        k = torch.nn.functional.normalize(k, dim=-1)
+        gates.append(torch.sigmoid(normal(batch, kept, length)))
+    halves = [x.to(dtype) for x in (q, k, normal(batch, kept, length, values))]
+    return [x.requires_grad_() for x in (*halves, *gates, normal(batch, kept, width, values))]
+
+
+def gated_results(run, tensors):
+    *parts, state = tensors
+    out, end = run(*parts, state=state)
+    return out, end, *torch.autograd.grad(out.float().square().sum() + end.float().sum(), tensors)
+
+
+SCANS = {"vector_decay": gated.scan, "delta": delta.scan, "vector_delta": delta.scan}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", SCANS)
+def test_a_recurrence_equals_its_definition(kind, dtype, device):
+    """Against the token loop in float64; bounds by the digits of the dtype, as sums of 300 rounded terms."""
+    near = gated_inputs(kind, 300, dtype, device)
+    wide = [x.detach().double().requires_grad_() for x in near]
+    truth = gated_results(reference, wide)
+    limit = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for n, (mine, exact) in enumerate(zip(gated_results(SCANS[kind], near), truth)):
+        error = (mine.double() - exact).abs().max().item()
+        assert error <= limit * (1 + exact.abs().max().item()), f"result {n}: error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_a_recurrence_gives_the_same_bits(kind, device):
+    tensors = gated_inputs(kind, 8192, torch.bfloat16, device)
+    first = gated_results(SCANS[kind], tensors)
+    assert all(torch.isfinite(x).all() for x in first)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(gated_results(SCANS[kind], tensors), first))
+
+
+@pytest.mark.parametrize("length", [129, 4096])
+def test_one_hybrid_kernel_equals_two(length, device, monkeypatch):
+    tensors = inputs("hybrid", length, torch.float32, device, batch=1)
+    tensors = [x.detach()[..., :64].contiguous().requires_grad_() for x in tensors]
+    one = results("hybrid", "triton", tensors)
+    monkeypatch.setattr(hybrid, "prefers", lambda *_, **__: False)
+    for n, (mine, other) in enumerate(zip(one, results("hybrid", "triton", tensors))):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=lambda text, n=n: f"result {n}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["vector_decay", "delta"])
+def test_a_recurrence_longer_than_32_bits_can_count(kind, device):
+    """Equal keys: without decay the state is the sum of all values, or under the delta rule the last of them."""
+    length = (1 << 31) // (16 * 64) + 1000
+    k = torch.full((1, 16, length, 64), 1 / 8, device=device, dtype=torch.bfloat16)
+    v = torch.zeros_like(k)
+    v[:, :, -100:] = 1
+    g = torch.zeros((1, 16, length, *((64,) if kind == "vector_decay" else ())), device=device)
+    beta = [] if kind == "vector_decay" else [torch.ones(1, 16, length, device=device)]
+    with torch.no_grad():
+        last = SCANS[kind](k, k, v, g, *beta)[0][:, :, -1]
+    torch.testing.assert_close(last, torch.full_like(last, 1.0 if beta else 100.0), rtol=2e-2, atol=2e-2)

@@ -7,7 +7,7 @@ from core.attention import linear_attention
 from core.attention.blocked.linear import linear_forward
 from core.attention.blocked.scan import scan
 from core.attention.feature_maps import feature_map
-from core.attention.kernels.step import decay_step, is_step, linear_step
+from core.attention.kernels.step import decay_step, delta_step, is_step, linear_step
 
 
 @pytest.mark.parametrize("phi", ["elu", "relu", "taylor"])
@@ -31,10 +31,15 @@ def test_equals_the_blocked_form(phi, case, dtype, device):
     torch.testing.assert_close(end, want[3].float())
 
 
-def test_a_gated_step_equals_the_scan(device):
-    q, k, v = (torch.randn(2, n, 1, d, device=device) for n, d in ((4, 6), (2, 6), (2, 5)))
-    g, state = -torch.rand(2, 2, 1, device=device), torch.randn(2, 2, 6, 5, device=device)
-    for got, want in zip(decay_step(q, k, v, g, state), scan("decay", q, k, v, g, state=state)):
+@pytest.mark.parametrize("kind", ["decay", "vector_decay", "delta", "vector_delta"])
+def test_a_gated_step_equals_the_scan(kind, device):
+    q, k, v = (torch.randn(2, n, 1, d, device=device) for n, d in ((4, 6), (2, 6), (2, 37)))
+    gates = [-torch.rand(2, 2, 1, *((6,) if "vector" in kind else ()), device=device)]
+    if "delta" in kind:
+        gates.append(torch.rand(2, 2, 1, device=device))
+    state = torch.randn(2, 2, 6, 37, device=device)
+    step = delta_step if "delta" in kind else decay_step
+    for got, want in zip(step(q, k, v, *gates, state), scan(kind, q, k, v, *gates, state=state)):
         torch.testing.assert_close(got, want)
 
 

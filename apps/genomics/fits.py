@@ -1,0 +1,80 @@
+"""The fit that a shortcut starts from: on the training part alone, with the same features as the floor of its name."""
+
+from typing import Any
+
+import numpy as np
+
+from apps.genomics import linear
+from apps.genomics.alphabet import Alphabet
+from apps.genomics.items import Items
+from apps.genomics.labels import UNSCORED
+from apps.genomics.markov import Markov
+from apps.genomics.recipe import GenomicsRecipe
+from apps.genomics.words import shortcut_parts
+from core.training.errors import UserError
+from core.training.matrices import pack
+
+STRENGTH = {"position": 0.01, "kmer": 0.01, "window": 1.0}
+"""Inverse strengths of logistic shortcuts: rather too strong than too weak, since training goes on from there."""
+
+
+def fit_shortcut(
+    recipe: GenomicsRecipe, alphabet: Alphabet, train: Items, names: list[str], spec: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Kind, size and packed weights of the recipe's shortcut; None: it wants none.
+
+    Raises:
+        UserError: position needs sequences of one length.
+    """
+    kind, size = shortcut_parts(recipe.model.shortcut)
+    if kind == "none":
+        return None
+    if kind == "markov":
+        both = recipe.model.strand != "none"
+        tables = Markov(train.sequences, size, alphabet, both_strands=both).tables
+        return {"kind": kind, "size": size, "weights": pack(np.concatenate(tables))}
+    if kind == "position" and spec["fixed"] is None:
+        raise UserError("model.shortcut=position needs sequences of one length, and these differ; use kmer:4")
+    strength = recipe.model.shortcut_strength
+    if kind == "window":
+        weights, bias = _window(recipe, alphabet, train, names, size, strength, spec)
+    else:
+        x = linear.features(kind, size, train.sequences, alphabet)
+        y = np.stack([np.asarray(one) for one in train.targets or []])
+        if recipe.task == "classification":
+            weights, bias = linear.fit_classes(x, y, len(names), strength or STRENGTH[kind])
+        elif recipe.task == "multilabel":
+            weights, bias = linear.fit_labels(x, y, strength or STRENGTH[kind])
+        else:
+            weights, bias = linear.fit_numbers(x, scaled(y, recipe, spec), strength or 1.0)
+    return {"kind": kind, "size": size, "weights": pack(weights), "bias": pack(bias)}
+
+
+def scaled(y: np.ndarray, recipe: GenomicsRecipe, spec: dict[str, Any]) -> np.ndarray:
+    """Targets in the units that the model is trained in."""
+    if not recipe.model.scaled:
+        return y
+    return (y - np.array(spec["mean"])) / np.array(spec["deviation"])
+
+
+def _window(
+    recipe: GenomicsRecipe,
+    alphabet: Alphabet,
+    train: Items,
+    names: list[str],
+    size: int,
+    strength: float | None,
+    spec: dict[str, Any],
+) -> tuple[np.ndarray, np.ndarray]:
+    flat = np.concatenate(train.targets or [])
+    rows = drawn_rows(flat, recipe.task == "tokens")
+    x = linear.windows(train.sequences, size, alphabet, rows)
+    if recipe.task == "tokens":
+        return linear.fit_classes(x, flat[rows], len(names), strength or STRENGTH["window"])
+    return linear.fit_numbers(x, scaled(flat[rows, None].astype(np.float64), recipe, spec), strength or 1.0)
+
+
+def drawn_rows(flat: np.ndarray, classes: bool) -> np.ndarray:
+    """Numbers of the scored bases, thinned evenly to `linear.ROWS`."""
+    rows = np.flatnonzero(flat != UNSCORED if classes else ~np.isnan(flat))
+    return rows[:: max(1, -(-len(rows) // linear.ROWS))]

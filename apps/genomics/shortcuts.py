@@ -1,0 +1,138 @@
+"""Linear models beside the attention, started at their fit, so that training starts at a floor.
+
+    position   the letters of sequences of one length
+    kmer       the shares of k-mers
+    window     the letters around a base
+    markov     what the last letters say of the next one
+
+Each gives logits or values [B, K], or [B, N, K] per token, to be added to those of the head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apps.genomics.alphabet import ALPHABETS
+from core.training.matrices import unpack
+
+
+class Shortcut(nn.Module):
+    """Base: knows what each letter may be.
+
+    Args:
+        composition: [letters, atoms], what a letter may be; MASK and START are nothing.
+        weights, bias: of the fit.
+    """
+
+    composition: Tensor
+    bias: nn.Parameter
+
+    def __init__(self, composition: Tensor, weights: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        nothing = composition.new_zeros(2, composition.shape[1])
+        self.register_buffer("composition", torch.cat([composition, nothing]), persistent=False)
+        self.atoms = composition.shape[1]
+        self.weight = nn.Parameter(weights)
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
+
+    def letters(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What each token may be, [B, N, atoms]; nothing where it is padding."""
+        return self.composition[ids] * mask.unsqueeze(-1)
+
+
+class PositionShortcut(Shortcut):
+    """Weights [N * atoms, K] for the letters by position."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, K]."""
+        return self.letters(ids, mask).flatten(1) @ self.weight + self.bias
+
+
+class KmerShortcut(Shortcut):
+    """Weights [atoms^k, K] for the shares of k-mers."""
+
+    def __init__(self, composition: Tensor, weights: Tensor, bias: Tensor, k: int):
+        super().__init__(composition, weights, bias)
+        self.k = k
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, K]."""
+        count = ids.shape[1] - self.k + 1
+        if count <= 0:
+            return self.bias.expand(len(ids), -1)
+        number = torch.zeros_like(ids[:, :count])
+        clean = torch.ones_like(mask[:, :count])
+        real = mask & (ids < self.atoms)
+        for at in range(self.k):
+            number = number * self.atoms + ids[:, at : at + count].clamp(max=self.atoms - 1)
+            clean = clean & real[:, at : at + count]
+        each = clean.to(self.weight.dtype)
+        each = each / each.sum(1, keepdim=True).clamp(min=1)
+        # A weighted sum of rows of the weights, without a matrix of all counts.
+        rows = nn.functional.embedding_bag(number, self.weight, per_sample_weights=each, mode="sum")
+        return rows + self.bias
+
+
+class WindowShortcut(Shortcut):
+    """Weights [size * atoms, K] for the letters around a base."""
+
+    def __init__(self, composition: Tensor, weights: Tensor, bias: Tensor, size: int):
+        super().__init__(composition, weights, bias)
+        self.size = size
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, N, K]."""
+        kernel = self.weight.T.unflatten(1, (self.size, self.atoms)).transpose(1, 2)
+        x = self.letters(ids, mask).transpose(1, 2)
+        return nn.functional.conv1d(x, kernel, self.bias, padding=self.size // 2).transpose(1, 2)
+
+
+class MarkovShortcut(Shortcut):
+    """A table [contexts, atoms] of log-probabilities for every context of 0 to `order` letters.
+
+    A position is given the longest context that is whole: fewer letters at the start and after an ambiguous one.
+    """
+
+    def __init__(self, composition: Tensor, weights: Tensor, order: int):
+        super().__init__(composition, weights)
+        self.order = order
+
+    @property
+    def reach(self) -> int:
+        """Tokens that it looks at, the newest among them."""
+        return self.order
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, N, atoms]; ids are shifted by one already, so the newest letter of a context stands at its position."""
+        real = (ids < self.atoms) & mask
+        letters = ids.clamp(max=self.atoms - 1)
+        number = torch.zeros_like(ids)
+        known = torch.ones_like(real)
+        length = torch.zeros_like(ids)
+        for back in range(self.order):
+            one = nn.functional.pad(letters, (back, 0))[:, : ids.shape[1]]
+            known = known & nn.functional.pad(real, (back, 0))[:, : ids.shape[1]]
+            number = torch.where(known, number + one * self.atoms**back, number)
+            length = length + known
+        # Contexts of length n start at row (atoms^n - 1) / (atoms - 1).
+        row = (self.atoms**length - 1) // (self.atoms - 1) + number
+        return nn.functional.embedding(row, self.weight)
+
+
+def build_shortcut(spec: dict[str, Any], outputs: int) -> Shortcut | None:
+    """The shortcut that `build_data` fitted, if the recipe wants one."""
+    fitted = spec.get("shortcut")
+    if fitted is None:
+        return None
+    composition = torch.from_numpy(ALPHABETS[spec["tokens"]["alphabet"]].composition)
+    weights, size = unpack(fitted["weights"]), fitted["size"]
+    if weights.shape[1] != outputs:
+        raise ValueError(f"the shortcut has {weights.shape[1]} answers, the model {outputs}")
+    if fitted["kind"] == "markov":
+        return MarkovShortcut(composition, weights, size)
+    bias = unpack(fitted["bias"])
+    if fitted["kind"] == "position":
+        return PositionShortcut(composition, weights, bias)
+    return (KmerShortcut if fitted["kind"] == "kmer" else WindowShortcut)(composition, weights, bias, size)

@@ -1,0 +1,145 @@
+"""From a trained model to one with another attention: its weights, the gap, and learning from it layer by layer.
+
+A recipe with `model.convert_from: RUN` builds the same model with its own `attention`, takes over every weight of RUN
+except those inside the mechanisms, and then trains in two stages (section `model.distil`):
+
+1. attention transfer, `steps` optimiser steps: the source runs on the batch, and the new attention of each layer, given
+   what the source's layer was given, learns to put out what it put out. All layers learn side by side, and nothing but
+   attention moves.
+2. fine-tuning: the task's own loss, and `weight` times the distance to the source's answers.
+
+Source of the recipe: Zhang et al. 2024 (LoLCATs), arXiv:2410.10254; Kasai et al. 2021 (T2R), arXiv:2103.13076.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apps.vision.model import TimmBackbone, VisionModel
+from apps.vision.recipe import DistilSection, VisionRecipe
+from core.attention import Attention
+from core.training.errors import UserError
+from core.training.run import load_run
+
+log = logging.getLogger(__name__)
+
+
+def attention_modules(model: VisionModel) -> list[nn.Module]:
+    """The attention of every layer, from first to last."""
+    if isinstance(model.backbone, TimmBackbone):
+        from apps.vision.timm_models import attentions
+
+        return attentions(model.backbone.model)
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def load_source(recipe: VisionRecipe, spec: dict[str, Any]) -> VisionModel:
+    """The model of `model.convert_from`, for the same classes.
+
+    Raises:
+        UserError: no such run, or one of another kind.
+    """
+    run = load_run(str(recipe.model.convert_from))
+    if run.app.name != "vision" or run.spec["classes"] != spec["classes"] or run.spec["task"] != spec["task"]:
+        raise UserError(
+            f"model.convert_from: {recipe.model.convert_from} was trained for {run.spec.get('classes')} "
+            f"({run.spec.get('task')}), the data has {spec['classes']} ({spec['task']})"
+        )
+    model = run.task.model.eval().requires_grad_(False)
+    assert isinstance(model, VisionModel)
+    return model
+
+
+def take_over(model: VisionModel, source: VisionModel) -> list[str]:
+    """Copy all weights but those inside the mechanisms; give the names of the mechanisms' own, which stay as they are.
+
+    Raises:
+        UserError: the two differ in more than attention.
+    """
+    own, given = model.state_dict(), source.state_dict()
+
+    def inside(name: str) -> bool:
+        return ".variant." in name
+
+    for name in {*own, *given}:
+        if inside(name):
+            continue
+        if name not in own or name not in given or own[name].shape != given[name].shape:
+            here, there = (list(x[name].shape) if name in x else "none" for x in (own, given))
+            raise UserError(
+                f"model.convert_from: the models differ in more than attention: {name} is {there} there, {here} here; "
+                "take backbone and model from the run's recipe.yaml"
+            )
+    model.load_state_dict(
+        {name: x for name, x in given.items() if not inside(name) or _same(name, own, x)}, strict=False
+    )
+    return [name for name in own if inside(name) and not (name in given and _same(name, own, given[name]))]
+
+
+def _same(name: str, own: dict[str, Tensor], x: Tensor) -> bool:
+    return name in own and own[name].shape == x.shape
+
+
+class Distillation:
+    """The source beside the model while it learns.
+
+    Args:
+        source: the model that is learned from; it is not trained and not saved.   options: the recipe's section.
+    """
+
+    def __init__(self, source: VisionModel, options: DistilSection):
+        self.source, self.options = source, options
+
+    def to(self, device: torch.device) -> None:
+        """Move the source."""
+        self.source.to(device)
+
+    def transfer(self, model: VisionModel, x: Tensor, real: Tensor | None) -> Tensor:
+        """Mean over the layers of |new(input) - old(input)|^2 / |old(input) - its mean|^2, on images [B, C, H, W]."""
+        seen: list[tuple[tuple, dict, Tensor]] = []
+        modules = attention_modules(self.source)
+        hooks = [
+            module.register_forward_hook(
+                lambda _module, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
+            )
+            for module in modules
+        ]
+        try:
+            with torch.no_grad():
+                self.source(x, real)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        losses = []
+        for old, new, (args, kwargs, output) in zip(modules, attention_modules(model), seen):
+            if hasattr(old, "grid"):
+                new.grid = old.grid  # type: ignore[assignment]
+            spread = (output - output.mean((0, 1), keepdim=True)).square().mean()
+            losses.append((new(*args, **kwargs) - output).square().mean() / spread.clamp(min=1e-12))
+        return torch.stack(losses).mean()
+
+    def distance(self, answer: Tensor, x: Tensor, real: Tensor | None, single: bool) -> Tensor:
+        """How far logits [B, K, ...] are from the source's: KL of softened classes, else mean squared error."""
+        with torch.no_grad():
+            wanted = self.source(x, real)
+        if not single:
+            return F.mse_loss(answer, wanted)
+        soft = self.options.temperature
+        p, q = F.log_softmax(wanted / soft, 1), F.log_softmax(answer / soft, 1)
+        return soft**2 * (p.exp() * (p - q)).sum(1).mean()
+
+
+def untrained(recipe: VisionRecipe, spec: dict[str, Any], source: VisionModel) -> VisionModel:
+    """The converted model before it learns anything: what the replacement alone costs."""
+    model = VisionModel(recipe, spec).eval()
+    take_over(model, source)
+    return model
+
+
+def source_is_there(recipe: VisionRecipe) -> bool:
+    """Whether the run that was converted is still on this machine."""
+    return recipe.model.convert_from is not None and Path(recipe.model.convert_from).exists()

@@ -1,0 +1,264 @@
+"""What a vision recipe may say; the line under a field is its help text. No torch here."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from core.training.recipe import OptimSection, Recipe, Section
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=1)]
+Size = Side | tuple[Side, Side]
+
+TASKS = ("classes", "labels", "segments", "values")
+
+
+class GeneratedSection(Section):
+    """The generated scenes of the demo: their best possible accuracy is known, see `generated.py`."""
+
+    images: int = Field(default=3000, ge=10)
+    """Scenes in all three parts together."""
+    size: Size = 128
+    """Rows and columns in pixels; the marks keep their size, so a larger scene puts them further apart."""
+    flipped: Share = 0.05
+    """Share of scenes whose label is wrong on purpose: nobody can score above one minus this."""
+    task: Literal["classes", "segments"] = "classes"
+    """classes: do the two marks agree; segments: the mask of the marks, by kind."""
+    seed: int = Field(default=0, ge=0)
+    """Of the scenes; the seed of the run does not change the data."""
+
+
+class DataSection(Section):
+    """Where the images come from, how they are read, and how they are cut into parts."""
+
+    path: str | None = None
+    """Class folders, folder of images and masks, .tar or .zip of either, CSV/JSONL/Parquet, or hub:org/name."""
+    file: str | None = None
+    """Public folder or file, looked for below the folder LONGSPAN_DATA when `path` is not given."""
+    origin: str | None = None
+    """Where `file` can be had, for the error message when it is not there."""
+    generated: GeneratedSection | None = None
+    """Make scenes instead of reading images."""
+    images: str = ""
+    """Folder of the images below `path`; "PART" in it stands for train, val and test."""
+    masks: str | None = None
+    """Folder of the masks below `path`, same file names as the images; "PART" as in `images`."""
+    lists: dict[Literal["train", "val", "test"], str] | None = None
+    """Text files below `path`, one image per line (file name, or path; what follows a blank is ignored), by part."""
+    image_column: str = "path"
+    """Column of a table with the image's path, or with the image itself."""
+    label_column: str = "label"
+    """Column of a table with the class; with task=labels several classes apart by `separator`."""
+    part_column: str | None = None
+    """Column of a table that says train, val or test; null: the shares decide."""
+    separator: str = ";"
+    """Between the classes of one cell (task=labels)."""
+    classes: list[str] | None = Field(default=None, min_length=2)
+    """Names of the classes in order of their number; null: found (folders and labels sorted; masks: numbers)."""
+    ignore: int | None = Field(default=None, ge=0, le=255)
+    """Number in the masks that is neither learned nor scored, such as 255 or CamVid's 11."""
+    val_share: Share = 0.15
+    """Share of the images for validation where there are no parts; drawn by class."""
+    test_share: Share = 0.15
+    """Share of the images for testing where there are no parts."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use so many training images at most, drawn by class."""
+    on_broken: Literal["error", "skip"] = "error"
+    """Images that cannot be read: an error that names the first and their number, or left out, named and counted."""
+    channels: Literal["rgb", "grey"] = "rgb"
+    """Colours that the model sees; 16-bit images are brought to 8 bits, transparency is dropped."""
+    size: Size = 224
+    """Rows and columns that the model is trained at; one number: a square."""
+    resize: Literal["crop", "stretch", "pad"] = "crop"
+    """crop: the middle of the image; stretch: the whole, out of shape; pad: the whole, with a masked border."""
+    crop_ratio: float = Field(default=1.0, gt=0, le=1)
+    """Share of the shorter side that the middle crop of the evaluation takes."""
+    shrink: int | None = Field(default=None, ge=8)
+    """Shrink images to this shorter side when they are read, to save memory and time; null: as they are."""
+    cache: bool = True
+    """Keep the read images in memory; off for what does not fit there."""
+    mean: list[float] | None = None
+    """Per channel, of values from 0 to 1; null: those of the timm model, else measured on the training part."""
+    std: list[float] | None = None
+    """As `mean`."""
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> Self:
+        if self.generated is not None and self.path is not None:
+            raise ValueError("data.generated makes the images, data.path reads them: give one of the two")
+        if self.val_share + self.test_share >= 1:
+            raise ValueError(
+                f"val_share + test_share must leave training images, got {self.val_share} + {self.test_share}"
+            )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both or none")
+        if self.ignore is not None and self.masks is None and self.generated is None:
+            raise ValueError("ignore is a number in masks, and data.masks names none")
+        return self
+
+
+class AugmentSection(Section):
+    """What training does to an image before the model sees it; the parts with names of their own are timm's."""
+
+    crop: tuple[float, float] | None = None
+    """Smallest and largest share of the area of a random crop, such as [0.35, 1.0]; null: as in the evaluation."""
+    ratio: tuple[float, float] = (0.75, 1.333)
+    """Smallest and largest change of the crop's shape."""
+    flip: bool = True
+    """Mirror half of the images."""
+    flip_rows: bool = False
+    """Also turn half of them upside down."""
+    colour: float = Field(default=0.0, ge=0, le=1)
+    """Largest random change of brightness, contrast and saturation, as a share."""
+    rand_augment: str | None = None
+    """timm's RandAugment in its own words, such as rand-m9-mstd0.5-inc1; only without masks."""
+    erasing: Share = 0.0
+    """Probability of timm's random erasing."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Alpha of timm's Mixup; 0: off."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Alpha of timm's CutMix; 0: off. Both on: in turn, by chance."""
+    smoothing: Share = 0.0
+    """Label smoothing."""
+    sizes: list[Size] | None = Field(default=None, min_length=1)
+    """Progressive resolution: the training size rises through these in equal shares of the steps up to data.size."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for name in ("crop", "ratio"):
+            pair = getattr(self, name)
+            if pair is not None and not 0 < pair[0] <= pair[1]:
+                raise ValueError(f"{name} must be [smallest, largest], both above 0, got {list(pair)}")
+        if self.crop is not None and self.crop[1] > 1:
+            raise ValueError(f"crop is a share of the area, at most 1, got {list(self.crop)}")
+        return self
+
+
+class DistilSection(Section):
+    """How a converted model learns from its source, see `convert.py`."""
+
+    steps: int = Field(default=200, ge=0)
+    """First so many steps: each layer's new attention learns the output of the old one, on the source's own inputs."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the source's answers (KL) beside the labels afterwards."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Softening of these answers."""
+
+
+class ModelSection(Section):
+    """What stands around the attention."""
+
+    task: Literal["classes", "labels", "segments", "values"] = "classes"
+    """classes: one per image; labels: any number per image; segments: a class per pixel; values: a number per pixel."""
+    timm: str | None = None
+    """Name of a timm model, such as deit_tiny_patch16_224, whose attention is replaced; null: the plain backbone."""
+    weights: str | None = None
+    """Weights of the timm model: a file on this machine (.safetensors, .pth); loaded strictly."""
+    pretrained: str | None = None
+    """Weights of another run of this app (folder, .ckpt, .safetensors) to start from; another head is new."""
+    convert_from: str | None = None
+    """Run of this app whose attention is to be replaced: its weights, then distillation (section `distil`)."""
+    distil: DistilSection = Field(default_factory=DistilSection)
+    """How the converted model learns from `convert_from`."""
+    patch: int = Field(default=16, ge=1)
+    """Pixels per side of a token (plain backbone; timm: 16 stands for the model's own)."""
+    stem: Literal["patch", "conv"] = "patch"
+    """How pixels become tokens: one linear map per patch, or 3 x 3 convolutions of stride 2 (patch is a power of 2)."""
+    stem_width: int | None = Field(default=None, ge=4)
+    """Channels of the first convolution of the stem, doubled at each step up to backbone.dim; null: dim / 4."""
+    registers: int = Field(default=0, ge=0)
+    """Learned tokens before the image's (plain backbone)."""
+    pool: Literal["mean", "token"] = "mean"
+    """What classifies: the mean of the image's tokens, or a class token (plain backbone)."""
+    head: Literal["plain", "multiscale"] = "plain"
+    """Of segments and values: one linear map per token, or tokens and finer maps brought together."""
+    head_width: int = Field(default=64, ge=8)
+    """Channels of the multiscale head."""
+    class_balance: float = Field(default=0.0, ge=0, le=1)
+    """Weigh classes by their share of the training part to the power of minus this; 0: alike."""
+    eval_sizes: list[Size] = Field(default_factory=list)
+    """Sizes other than data.size at which the test part is scored, too: the resolution-transfer table."""
+
+    @model_validator(mode="after")
+    def _options_meet_their_use(self) -> Self:
+        if self.weights is not None and self.timm is None:
+            raise ValueError(
+                "weights are those of a timm model: name it in model.timm (for a run say model.pretrained)"
+            )
+        if self.convert_from is not None and (self.weights is not None or self.pretrained is not None):
+            raise ValueError("convert_from brings its own weights; leave weights and pretrained out")
+        if self.head == "multiscale" and self.task in ("classes", "labels"):
+            raise ValueError(f"head=multiscale is for segments and values, the task is {self.task}")
+        if self.stem == "conv" and self.patch & (self.patch - 1):
+            raise ValueError(f"stem=conv halves the image, so patch must be a power of 2, got {self.patch}")
+        if self.stem_width is not None and self.stem != "conv":
+            raise ValueError("stem_width belongs to stem=conv")
+        if self.timm is not None and (self.stem != "patch" or self.registers or self.pool != "mean"):
+            raise ValueError("stem, registers and pool are the plain backbone's; a timm model has its own")
+        return self
+
+
+class VisionOptimSection(OptimSection):
+    """AdamW as in every app, and layer decay."""
+
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of a layer as a share of the one above it (timm's rule): below 1 for pretrained weights."""
+
+
+class PredictSection(Section):
+    """Settings of prediction, which may be changed after training."""
+
+    flips: bool = False
+    """Mean of the answers for the image and its mirror image."""
+    size: Size | None = None
+    """Rows and columns at which images are read; null: data.size, masks: the image's own size within `window`."""
+    window: Size | None = None
+    """Masks: side of the square, or rows and columns, that is segmented at a time; null: data.size."""
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    """Share by which neighbouring windows overlap; their answers are blended."""
+    batch_size: int = Field(default=8, ge=1)
+    """Images or windows at a time."""
+
+
+class VisionRecipe(Recipe):
+    """Images in; classes, labels, masks or maps of values out."""
+
+    data: DataSection = Field(default_factory=DataSection)  # type: ignore[assignment]
+    """Where the images come from, how they are read, and how they are cut into parts."""
+    augment: AugmentSection = Field(default_factory=AugmentSection)
+    """What training does to an image before the model sees it."""
+    model: ModelSection = Field(default_factory=ModelSection)  # type: ignore[assignment]
+    """What stands around the attention."""
+    optim: VisionOptimSection = Field(default_factory=VisionOptimSection)  # type: ignore[assignment]
+    """The optimiser."""
+    predict: PredictSection = Field(default_factory=PredictSection)
+    """Settings of prediction."""
+
+    def judged_by(self) -> tuple[str, Literal["lower", "higher"]] | None:
+        """accuracy, or what fits the task better."""
+        judges = {"labels": ("f1_macro", "higher"), "segments": ("miou", "higher"), "values": ("mse", "lower")}
+        return judges.get(self.model.task)  # type: ignore[return-value]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        dense = self.model.task in ("segments", "values")
+        made = self.data.generated
+        if made is not None and (made.task != self.model.task):
+            raise ValueError(f"data.generated.task={made.task} does not go with model.task={self.model.task}")
+        if made is None and dense and self.data.masks is None:
+            raise ValueError(f"model.task={self.model.task} needs data.masks, the folder of the masks")
+        if not dense and self.data.masks is not None:
+            raise ValueError(f"data.masks belong to model.task=segments or values, the task is {self.model.task}")
+        mixing = {name: getattr(self.augment, name) for name in ("mixup", "cutmix", "smoothing")}
+        if self.model.task != "classes" and any(mixing.values()):
+            raise ValueError(f"augment.mixup, cutmix and smoothing are for task=classes, the task is {self.model.task}")
+        if dense and (self.augment.rand_augment or self.augment.erasing):
+            raise ValueError("augment.rand_augment and erasing move or hide pixels without their mask; leave them out")
+        if self.data.resize == "pad" and self.model.timm is not None:
+            raise ValueError("data.resize=pad masks the border, which timm's models do not; use crop or stretch")
+        return self
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """(rows, columns)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,263 @@
+"""What training, validation and test do with a batch of images."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apps.vision.augment import Mixing
+from apps.vision.convert import Distillation, load_source, source_is_there, take_over, untrained
+from apps.vision.images import BORDER, normalised, restored
+from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
+from apps.vision.model import TimmBackbone, VisionModel, count_cost
+from apps.vision.recipe import VisionRecipe, pair
+from apps.vision.results import Kept, write_results
+from core.training.pretrained import load_pretrained, read_weights
+from core.training.task import Task
+
+log = logging.getLogger(__name__)
+
+MOST_OVERLAYS = 8
+"""Test images whose masks are drawn."""
+
+
+class VisionTask(Task):
+    """Classification, segmentation or dense regression of images.
+
+    Args:
+        recipe: the resolved recipe.   spec: what `build_data` found: classes, size, mean and deviation.
+    """
+
+    model: VisionModel
+    recipe: VisionRecipe
+    mean: Tensor
+    std: Tensor
+    weights: Tensor | None
+
+    def __init__(self, recipe: VisionRecipe, spec: dict[str, Any]):
+        super().__init__(recipe, spec)
+        self.model = VisionModel(recipe, spec)
+        self.kind: str = spec["task"]
+        self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
+        self.register_buffer("std", torch.tensor(spec["std"]), persistent=False)
+        self.register_buffer("weights", _weights(spec["counts"], recipe.model.class_balance), persistent=False)
+        self.mixing = Mixing(recipe.augment, len(spec["classes"])) if self.kind == "classes" else None
+        self.eraser = None
+        if recipe.augment.erasing:
+            from timm.data.random_erasing import RandomErasing
+
+            self.eraser = RandomErasing(recipe.augment.erasing, mode="pixel", device="cpu")
+        sizes = [pair(size) for size in recipe.augment.sizes or []]
+        self.sizes = [*sizes, pair(recipe.data.size)] if sizes and sizes[-1] != pair(recipe.data.size) else sizes
+        self.distillation: list[Distillation] = []  # in a list, so that it is no part of the module
+        self.compared: dict[str, VisionModel] = {}
+        self.scores: dict[str, Any] = {}
+        self.tested: dict[str, Any] = {}
+        self.kept: list[Kept] = []
+        self.part = ""
+        self.counted: dict[str, Any] | None = None
+
+    # -- weights to start from -------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Bring in the weights that the recipe starts from, before training begins or goes on.
+
+        Raises:
+            UserError: they are not there or do not fit.
+        """
+        options = self.recipe.model
+        if options.weights is not None:
+            from apps.vision.timm_models import load_weights
+
+            assert isinstance(self.model.backbone, TimmBackbone)
+            log.info("timm weights: %s", load_weights(self.model.backbone.model, options.weights))
+        if options.pretrained is not None:
+            given, own = read_weights(options.pretrained), self.model.state_dict()
+            heads = ("head.", "backbone.model.head.")  # one for other classes starts anew
+            skip = [n for n in own if n.startswith(heads) and n in given and given[n].shape != own[n].shape]
+            log.info("pretrained: %s", load_pretrained(self.model, options.pretrained, skip=skip))
+        if options.convert_from is not None:
+            source = load_source(self.recipe, self.spec)
+            new = take_over(self.model, source)
+            log.info("converted from %s; of the mechanisms' own: %s", options.convert_from, ", ".join(new) or "nothing")
+            self.distillation = [Distillation(source, options.distil)]
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy, binary cross-entropy or squared error of a batch, and what is learned from a source."""
+        x, real = self._inputs(batch)
+        target: Any = batch.get("label", batch.get("mask"))
+        if self.eraser is not None:
+            self.eraser.device = str(x.device)
+            x = self.eraser(x)
+        if self.mixing is not None:
+            x, target = self.mixing(x, target)
+        x, target = self._progressive(x, target)
+        learned = self.distillation[0] if self.distillation else None
+        if learned is not None:
+            learned.to(x.device)
+            if self.global_step < learned.options.steps:
+                transfer = learned.transfer(self.model, x, real)
+                return transfer, {"transfer": transfer}
+        answer = self.model(x, real)
+        loss = self._supervised(answer, target)
+        if learned is None or not learned.options.weight:
+            return loss, {}
+        distance = learned.distance(answer, x, real, self.kind in ("classes", "segments"))
+        return loss + learned.options.weight * distance, {"task_loss": loss, "distance": distance}
+
+    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """(normalised images, real rows and columns where some have a border)."""
+        x = normalised(batch["image"], self.mean, self.std)
+        if self.recipe.data.resize != "pad" or (self.recipe.augment.crop is not None and self.training):
+            return x, None
+        return x, batch["real"]
+
+    def _supervised(self, answer: Tensor, target: Tensor) -> Tensor:
+        if self.kind == "classes":
+            weights = None if self.weights is None else self.weights.to(answer.dtype)
+            return F.cross_entropy(answer, target, weight=weights)
+        if self.kind == "labels":
+            return F.binary_cross_entropy_with_logits(answer, target, pos_weight=self.weights)
+        if self.kind == "segments":
+            ignore = self.recipe.data.ignore
+            target = target if ignore is None else target.masked_fill(target == ignore, BORDER)
+            return F.cross_entropy(answer, target, weight=self.weights, ignore_index=BORDER)
+        valid = ~target.isnan()
+        return (answer[:, 0] - target)[valid].square().mean()
+
+    def _progressive(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch at the size of this share of the steps."""
+        if not self.sizes:
+            return x, target
+        stage = min(len(self.sizes) - 1, self.global_step * len(self.sizes) // max(1, self.total_steps))
+        size = self.sizes[stage]
+        if size == x.shape[2:]:
+            return x, target
+        x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+        if self.kind in ("segments", "values"):
+            target = F.interpolate(target[:, None].float(), size=size, mode="nearest-exact")[:, 0].to(target.dtype)
+        return x, target
+
+    def configure_optimizers(self) -> Any:
+        """As in every app; with `optim.layer_decay` the layers below learn more slowly, by timm's grouping."""
+        configured = super().configure_optimizers()
+        decay = self.recipe.optim.layer_decay
+        if decay == 1.0:
+            return configured
+        from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
+
+        from core.training.optim import build_scheduler
+
+        section = self.recipe.optim
+        groups = param_groups_layer_decay(self.model, section.weight_decay, layer_decay=decay)
+        for group in groups:
+            group["lr"] = section.lr * group.pop("lr_scale")
+        optimizer = torch.optim.AdamW(groups, lr=section.lr, betas=section.betas)
+        scheduler = build_scheduler(optimizer, section, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def eval_update(self, batch: dict[str, Any]) -> None:
+        """Add a batch to the sums; of the test part also at other sizes, and of the source of a conversion."""
+        if not self.scores:
+            self.kept, self.part = [], batch["part"]
+        x, real = self._inputs(batch)
+        answer = self._score("", self.model, x, real, batch)
+        if batch["part"] == "test":
+            self._keep(batch, answer)
+            for name, images in batch.get("sizes", {}).items():
+                self._score(name, self.model, normalised(images, self.mean, self.std), None, batch)
+            for name, model in self._others().items():
+                self._score(name, model.to(x.device), x, real, batch)
+
+    def eval_compute(self) -> dict[str, float]:
+        """Metrics of the pass that ends here; those of other sizes and models have their names in front."""
+        found: dict[str, float] = {}
+        primary = (self.recipe.judged_by() or ("accuracy", "higher"))[0]
+        for name, scores in self.scores.items():
+            values = scores.compute(intervals=self.part == "test" and not name)
+            found |= values if not name else {f"{name}_{primary}": values[primary]}
+        self.tested, self.scores = self.scores, {}
+        return found
+
+    def answer(self, x: Tensor, real: Tensor | None = None, *, flips: bool = False) -> Tensor:
+        """Logits of normalised images, [B, K] or [B, K, H, W]; flips: mean with those of the mirror images."""
+        found = self.model(x, real).float()
+        if not flips:
+            return found
+        mirrored = self.model(x.flip(-1), real).float()
+        return (found + (mirrored if found.dim() == 2 else mirrored.flip(-1))) / 2
+
+    def cost(self) -> dict[str, Any]:
+        """Parameters, FLOPs and tokens of one image at data.size."""
+        if self.counted is None:
+            size = pair(self.recipe.data.size)
+            self.counted = count_cost(self.model, len(self.spec["mean"]), size)
+        return self.counted
+
+    def artifacts(self, run_dir: Path) -> list[Path]:
+        """Tables and plots of the test pass: by class, confusion, calibration, by size, overlays of masks."""
+        return write_results(run_dir, self.spec, self.recipe, self.tested, self.kept)
+
+    def _score(self, name: str, model: VisionModel, x: Tensor, real: Tensor | None, batch: dict[str, Any]) -> Tensor:
+        answer = model(x, real).float()
+        if name not in self.scores:
+            self.scores[name] = self._new_scores()
+        if self.kind in ("classes", "labels"):
+            self.scores[name].update(answer, batch["label"])
+            return answer
+        answers, options = [], self.recipe.data
+        for one, mask in zip(answer, batch["mask"]):
+            grown = restored(one, mask.shape, options.resize, options.crop_ratio)
+            grown = grown.argmax(0) if self.kind == "segments" else grown[0]
+            self.scores[name].update(grown, mask)
+            answers.append(grown)
+        return answers  # type: ignore[return-value]
+
+    def _new_scores(self) -> Any:
+        if self.kind in ("classes", "labels"):
+            return ClassScores(self.kind == "classes")
+        if self.kind == "segments":
+            return SegmentScores(self.spec["classes"], self.recipe.data.ignore)
+        return ValueScores()
+
+    def _others(self) -> dict[str, VisionModel]:
+        """The source of a conversion and the model right after the replacement, while the source is there."""
+        if self.recipe.model.convert_from is not None and not self.compared:
+            if not source_is_there(self.recipe):
+                log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
+                return {}
+            source = load_source(self.recipe, self.spec)
+            self.compared = {"source": source, "replaced": untrained(self.recipe, self.spec, source)}
+        return self.compared
+
+    def _keep(self, batch: dict[str, Any], answer: Any) -> None:
+        if self.kind not in ("classes", "labels"):
+            for image, mask, found in zip(batch["image"], batch["mask"], answer):
+                if len(self.kept) < MOST_OVERLAYS:
+                    self.kept.append(Kept(image.cpu(), mask.cpu(), found.cpu()))
+
+
+def _weights(counts: list[int], power: float) -> Tensor | None:
+    """Weights of the classes, 1 on average over what is seen."""
+    if not power or not counts:
+        return None
+    share = torch.tensor(counts, dtype=torch.float32).clamp(min=1)
+    share = share / share.sum()
+    weights = share**-power
+    return weights / (weights * share).sum()
+
+
+def build_task(recipe: VisionRecipe, spec: dict[str, Any]) -> VisionTask:
+    """The task of a recipe for the data that `spec` describes.
+
+    Raises:
+        ValueError: the model cannot be built as the recipe says.
+    """
+    return VisionTask(recipe, spec)

@@ -1,0 +1,218 @@
+"""Variants: read, checked against the reference, scored on both strands, and written back."""
+
+import numpy as np
+import pytest
+import torch
+
+from apps.genomics.alphabet import DNA
+from apps.genomics.items import padded
+from apps.genomics.reference import Reference
+from apps.genomics.scoring import Window, likelihood, score_windows
+from apps.genomics.variant_files import cut_window
+from apps.genomics.variants import Variant, changed, check_reference, is_variants, read_variants
+from core.training.errors import UserError
+
+HEAD = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+
+
+def vcf(tmp_path, *rows):
+    path = tmp_path / "v.vcf"
+    path.write_text(HEAD + "".join("\t".join(map(str, row)) + "\n" for row in rows))
+    return path
+
+
+def test_rows_become_one_variant_per_allele_and_positions_count_from_0(tmp_path):
+    path = vcf(tmp_path, ["chr1", 5, "rs1", "A", "G,T", ".", ".", "."], ["chr1", 9, ".", "CAG", "c", ".", ".", "."])
+    found = read_variants(path).variants
+    assert [(v.id, v.changes, v.line, v.skipped) for v in found] == [
+        ("rs1", [(4, "A", "G")], 0, ""),
+        ("rs1", [(4, "A", "T")], 0, ""),
+        ("chr1:9CAG>C", [(8, "CAG", "C")], 1, ""),
+    ]
+    assert is_variants(path)
+
+
+@pytest.mark.parametrize(
+    ("alt", "reason"),
+    [
+        ("<DEL>", "symbolic allele"),
+        ("*", "symbolic allele"),
+        ("A]chr2:5]", "symbolic allele"),
+        (".", "no alternative allele"),
+        ("A", "alternative equals reference"),
+    ],
+)
+def test_what_cannot_be_scored_is_marked(tmp_path, alt, reason):
+    assert read_variants(vcf(tmp_path, ["chr1", 5, ".", "A", alt, ".", ".", "."])).variants[0].skipped == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (HEAD + "chr1 5 . A G\n", "line 3: a VCF row has at least CHROM POS ID REF ALT"),
+        (HEAD + "chr1\tx\t.\tA\tG\n", "POS must be a whole number, got 'x'"),
+        ("##fileformat=VCFv4.2\nchr1\t5\t.\tA\tG\n", "no line that starts with #CHROM"),
+    ],
+)
+def test_a_file_that_is_no_vcf_is_named(tmp_path, text, says):
+    (tmp_path / "v.vcf").write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_variants(tmp_path / "v.vcf")
+
+
+def test_mutation_lists_and_their_mistakes(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("mutant,fitness\nH24C,0.5\nH24C:A42T,1\nK3K,0\n")
+    assert is_variants(path)
+    found = read_variants(path).variants
+    assert [v.changes for v in found] == [[(23, "H", "C")], [(23, "H", "C"), (41, "A", "T")], [(2, "K", "K")]]
+    assert [v.skipped for v in found] == ["", "", "synonymous: equals the reference"]
+    assert found[1].row == {"mutant": "H24C:A42T", "fitness": "1"}
+    path.write_text("mutant\n24HC\n")
+    with pytest.raises(UserError, match="line 2: '24HC' is no mutation; write H24C"):
+        read_variants(path)
+
+
+def test_changes_and_the_check_of_the_reference():
+    variant = Variant("x", "x", "c", [(3, "A", "GG"), (6, "CT", "C")], 0)
+    assert changed("CGTACGCTAA", 0, variant) == "CGTGGCGCAA"
+    assert changed("TACGCTAA", 2, variant) == "TGGCGCAA"
+    check_reference(variant, "CGTACGCTAA", 0)
+    assert variant.skipped == ""
+    check_reference(variant, "CGTACGCGAA", 0)
+    assert variant.skipped == "REF is CT, the reference has CG at 7"
+
+
+def test_windows_are_centred_and_stay_inside():
+    text = "".join(np.random.default_rng(0).choice(list("ACGT"), 100))
+    reference = Reference(None, {"c": text}, {"c": 100})
+
+    def window(at, ref):
+        return cut_window(Variant("x", "x", "c", [(at, ref, "A")], 0), reference, "c", 20)
+
+    assert (window(50, text[50]).start, len(window(50, text[50]).letters)) == (41, 20)
+    assert (window(2, text[2]).start, window(97, text[97]).start) == (0, 80)
+    assert window(95, text[95] + "ACGTAC").variant.skipped == "lies beyond c, which has 100 letters"
+    wrong = window(50, "A" if text[50] != "A" else "C")
+    assert wrong.variant.skipped.startswith("REF is")
+
+
+@pytest.fixture(scope="module")
+def genome(tmp_path_factory, letters):
+    path = tmp_path_factory.mktemp("variants") / "g.fa"
+    path.write_text(">chr1\n" + letters(1, 1500)[0] + "\n")
+    return {"path": str(path), "split": "positions", "length": 64}
+
+
+def windows(text):
+    other = {"A": "G", "C": "T", "G": "A", "T": "C"}
+    return [
+        Window(Variant("x", "snv", "c", [(30, text[30], other[text[30]])], 0), text, 0),
+        Window(Variant("x", "deletion", "c", [(30, text[30:33], text[30])], 0), text, 0),
+        Window(
+            Variant("x", "two", "c", [(10, text[10], other[text[10]]), (40, text[40], other[text[40]])], 0), text, 0
+        ),
+    ]
+
+
+@torch.no_grad()
+def test_a_causal_model_compares_the_likelihood_of_both_windows_on_both_strands(genome, built, letters):
+    _, _, task = built("causal", genome, {"stem": [4], "shortcut": "markov:3"})
+    text = letters(1, 60, seed=3)[0]
+    scores = score_windows(task, windows(text))
+
+    def total(sequence):
+        ids, mask = padded([sequence])
+        return float(likelihood(task, ids, mask).sum())
+
+    for window, score in zip(windows(text), scores):
+        before, after = (DNA.encode(t, "x") for t in (text, changed(text, 0, window.variant)))
+        assert score["llr_forward"] == pytest.approx(total(after) - total(before), abs=1e-4)
+        turned = total(DNA.reverse_complement(after)) - total(DNA.reverse_complement(before))
+        assert score["llr_reverse"] == pytest.approx(turned, abs=1e-4)
+        assert score["llr"] == pytest.approx((score["llr_forward"] + score["llr_reverse"]) / 2)
+        assert score["distance"] > 0
+    assert abs(scores[0]["llr_forward"] - scores[0]["llr_reverse"]) > 1e-3
+
+
+@torch.no_grad()
+def test_a_masked_model_compares_letters_at_the_masked_place(genome, built, letters):
+    _, _, task = built("masked", genome, {"stem": [3]})
+    text = letters(1, 60, seed=3)[0]
+    scores = score_windows(task, windows(text))
+    assert "llr" not in scores[1]  # a deletion has no place to mask
+    assert scores[1]["distance"] > 0
+    single = []
+    for at in (10, 40):
+        ids, mask = padded([DNA.encode(text, "x")])
+        ids[0, at] = task.model.tokens.mask
+        p = task.model(ids, mask)[0, at].log_softmax(-1)
+        other = {"A": "G", "C": "T", "G": "A", "T": "C"}[text[at]]
+        single.append(float(p["ACGT".index(other)] - p["ACGT".index(text[at])]))
+    assert scores[2]["llr_forward"] == pytest.approx(sum(single), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_the_score_does_not_know_which_strand_the_reference_is(genome, built, letters, kind):
+    _, _, task = built(kind, genome, {"stem": [4]})
+    text = letters(1, 60, seed=3)[0]
+    pair = str.maketrans("ACGT", "TGCA")
+    turned = text.translate(pair)[::-1]
+    ours = Window(Variant("x", "x", "c", [(20, text[20], "A" if text[20] != "A" else "C")], 0), text, 0)
+    _, ref, alt = ours.variant.changes[0]
+    theirs = Window(Variant("x", "x", "c", [(39, ref.translate(pair), alt.translate(pair))], 0), turned, 0)
+    one, two = score_windows(task, [ours])[0], score_windows(task, [theirs])[0]
+    assert one["llr"] == pytest.approx(two["llr"], abs=1e-5)
+    assert one["llr_forward"] == pytest.approx(two["llr_reverse"], abs=1e-5)
+
+
+def test_the_reference_is_read_by_interval_also_where_no_index_can_be_written(tmp_path, monkeypatch):
+    import pyfaidx
+
+    (tmp_path / "g.fa").write_text(">chr1\n" + "ACGT" * 100 + "\n")
+    whole = pyfaidx.Fasta
+
+    def locked(path, indexname, **options):
+        if str(indexname).startswith(str(tmp_path)):
+            raise PermissionError(13, "no")
+        return whole(path, indexname=indexname, **options)
+
+    monkeypatch.setattr(pyfaidx, "Fasta", locked)
+    reference = Reference.open(tmp_path / "g.fa")
+    assert reference.fetch("chr1", 398, 400, "+", "x") == "GT"
+    assert not (tmp_path / "g.fa.fai").exists()
+    with pytest.raises(UserError, match=r"has no contig '1' \(did you mean 'chr1'\?\)"):
+        reference.length("1", "x")
+    with pytest.raises(UserError, match="there is no reference file"):
+        Reference.open(tmp_path / "none.fa")
+
+
+# --- the real files ---------------------------------------------------------------------------------------------------
+
+
+def test_real_vcf_files_are_read_and_what_is_symbolic_is_counted(shared_data):
+    folder = shared_data / "genomics" / "formats_vcf_htslib"
+    found = {name: read_variants(folder / name) for name in ("vcf_file.vcf", "formatcols.vcf", "test-vcf-hdr-in.vcf")}
+    many = found["vcf_file.vcf"].variants
+    assert len(many) > len(found["vcf_file.vcf"].lines)
+    assert sum(bool(v.skipped) for v in many) == sum(v.skipped == "no alternative allele" for v in many) >= 1
+    assert found["formatcols.vcf"].variants[0].changes == [(99, "A", "T")]
+    first = found["test-vcf-hdr-in.vcf"].variants[:2]
+    assert [v.changes[0][2] for v in first] == ["T", "A"]
+
+
+def test_all_mutants_of_tem_1_agree_with_the_wild_type(shared_data):
+    from apps.genomics.recipe import DataSection
+    from apps.genomics.sequences import read_records
+
+    folder = shared_data / "genomics" / "blat"
+    mutants = read_records(
+        str(folder / "P62593.fasta"), DataSection(alphabet="protein", duplicate_ids="number")
+    ).records
+    wild = next(r.sequence for r in mutants if "_P20P" in r.id)
+    found = read_variants(folder / "BLAT_ECOLX_Ranganathan2015_labeled.csv").variants
+    assert len(found) == 4996
+    for variant in found:
+        check_reference(variant, wild, 0)
+    assert not any(variant.skipped for variant in found)
