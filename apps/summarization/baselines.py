@@ -2,10 +2,11 @@
 
 - lead: the beginning;     random: sentences by chance;
 - textrank, lexrank: the most central sentences of the graph of their likeness;
-- oracle: chosen greedily with the references in hand, so a ceiling for extracts, not a floor;
-- optimum: generated data only, the best possible summary.
+- optimum: sentences chosen greedily with the references in hand, up to 12 of them. A ceiling for extracts, not a floor;
+  who writes new sentences may pass it. For generated data it is the best possible summary, and the greedy choice is
+  called oracle.
 
-All keep the budget of words of the recipe (`predict.words`), except the oracle, which takes up to 12 sentences.
+The floors keep the budget of words of the recipe (`predict.words`).
 """
 
 from collections.abc import Callable, Sequence
@@ -99,6 +100,8 @@ def floors(recipe: SummarizationRecipe, data: Data) -> dict[str, dict[str, float
     test: Any = data.test
     budget, scorer = budget_of(recipe, data.spec), Scorer()
     found = {name: means(floor_rows(name, test.examples, budget, scorer)) for name in (*SCORES, "oracle")}
-    if recipe.data.generated is not None:
+    if recipe.data.generated is None:
+        found["optimum"] = found.pop("oracle")
+    else:
         found["optimum"] = means([scorer.score(e.references[0], e.references) for e in test.examples])
     return found

@@ -114,7 +114,7 @@ def test_the_run_folder_holds_what_the_test_found(run):
     lead = sum(100 * float(row["rouge1_lead"]) for row in rows) / len(rows)
     assert metrics["floors"]["lead"]["rouge1"] == pytest.approx(lead, abs=1e-2)
     assert metrics["test"]["rouge1_over_lead"] == pytest.approx(mean - lead, abs=2e-2)
-    assert set(metrics["floors"]) == {"lead", "random", "textrank", "lexrank", "oracle"}
+    assert set(metrics["floors"]) == {"lead", "random", "textrank", "lexrank", "optimum"}
     for name in ("predictions.jsonl", "by_length.csv", "by_place.csv", "plots/by_length.png", "plots/by_place.png"):
         assert (folder / name).stat().st_size > 50
     assert json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["scorer"].startswith(
