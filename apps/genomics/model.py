@@ -98,7 +98,6 @@ class SequenceModel(nn.Module):
         self.embed: nn.Module = (
             Letters(self.tokens, dim) if self.tokens.is_char else nn.Embedding(self.tokens.size, dim)
         )
-        self.phases = nn.Embedding(model.period, dim) if model.period is not None else None
         self.stem = Stem(dim, model.stem, self.causal, backbone.dropout) if model.stem else None
         options = {**backbone.model_dump(), "attention": recipe.attention}
         if options["positions"] is None:
@@ -144,12 +143,9 @@ class SequenceModel(nn.Module):
         x = self.embedded(ids, mask)
         return self.encoder(x, key_mask=None if bool(mask.all()) else mask)
 
-    def embedded(self, ids: Tensor, mask: Tensor, start: int = 0) -> Tensor:
-        """What goes into the encoder, [B, N, D]; the first token stands at position `start`."""
+    def embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What goes into the encoder, [B, N, D]."""
         x = self.embed(ids)
-        if self.phases is not None:
-            at = torch.arange(start, start + ids.shape[1], device=ids.device)
-            x = x + self.phases(at % self.phases.num_embeddings)
         return x if self.stem is None else self.stem(x, mask)
 
     def pooled(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -181,8 +181,6 @@ class ModelSection(Section):
 
     stem: list[int] = Field(default_factory=list)
     """Widths of convolutions over the letters before the backbone, such as [9, 5]."""
-    period: int | None = Field(None, ge=2, le=64)
-    """Tell the model each position modulo this number, such as 3 for codons, so that it can sum by phase."""
     strand: Literal["none", "augment", "average", "tied"] = "none"
     """Which strand is read. augment: in training either one by chance; average: that, and both in evaluation; tied:
     both always, with shared weights, so that the answer for the other strand is the mirrored answer by construction."""

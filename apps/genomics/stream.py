@@ -26,19 +26,19 @@ class Stream:
         self.reach = max(self.model.stem.reach if self.model.stem is not None else 0, markov)
         self.states = self.model.encoder.init_state(1)
         self.tail = torch.zeros(0, dtype=torch.int64)  # inputs that convolutions and tables still look at
-        self.last, self.read = torch.tensor([self.model.tokens.start]), 0
+        self.last = torch.tensor([self.model.tokens.start])
 
     def feed(self, ids: Tensor) -> Tensor:
         """Logits [n, K] of the tokens ids [n] given all that were fed before, and those before them in ids."""
         inputs = torch.cat([self.last, ids[:-1]])
         both = torch.cat([self.tail, inputs]).unsqueeze(0)
         mask, seen = torch.ones_like(both, dtype=torch.bool), len(self.tail)
-        x = self.model.embedded(both, mask, self.read - seen)[:, seen:]
+        x = self.model.embedded(both, mask)[:, seen:]
         x, self.states = self.model.encoder.prefill(x, self.states)
         logits = self.model.head(x)
         if self.model.shortcut is not None:
             logits = logits + self.model.shortcut(both, mask)[:, seen:]
-        self.last, self.read = ids[-1:], self.read + len(ids)
+        self.last = ids[-1:]
         self.tail = both[0, max(0, both.shape[1] - self.reach) :] if self.reach else self.tail
         return logits[0].float()
 

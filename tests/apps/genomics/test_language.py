@@ -45,7 +45,7 @@ def test_no_token_is_told_by_itself_or_by_the_future(genome, built, sequence, va
     ("variant", "chunk"), [*((name, 7) for name in CONSTANT), ("linear", 1), ("linear", 100), ("hybrid", 100)]
 )
 def test_one_pass_through_the_state_is_one_pass_over_the_whole(genome, built, sequence, variant, chunk):
-    model = {"stem": [4, 3], "shortcut": "markov:5", "period": 3}
+    model = {"stem": [4, 3], "shortcut": "markov:5"}
     overrides = [f"attention={variant}"] + (["attention.window=8"] if variant in ("hybrid", "window") else [])
     _, _, task = built("causal", genome, model, overrides)
     with torch.no_grad():

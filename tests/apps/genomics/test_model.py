@@ -98,7 +98,7 @@ def test_both_strands_have_one_score(table, built, pool, strand, tokens):
 
 @pytest.mark.parametrize("strand", ["average", "tied"])
 def test_answers_per_base_are_mirrored_and_strand_classes_change_places(per_base, built, strand):
-    model = {"strand": strand, "stem": [4], "shortcut": "window:5", "period": 3}
+    model = {"strand": strand, "stem": [4], "shortcut": "window:5"}
     _, data, task = built("tokens", per_base, model)
     assert data.spec["names"] == ["+", "-", "."]
     assert data.spec["mirror"] == [1, 0, 2]
