@@ -61,8 +61,9 @@ def join_sums(forward: Any, backward: Any) -> None:
         ctx.save_for_backward(q, k, v, out, den, end, key_mask, decay, state, count)
 
     def gradients(ctx, d_out, d_mass, _d_den, d_state):
-        dq, dk, dv, ds = backward(d_out, d_mass, d_state, *ctx.saved_tensors, *ctx.options)
-        started = ctx.saved_tensors[8] is not None
+        saved = ctx.saved_tensors  # read once: gradient checkpointing hands out each tensor a single time
+        dq, dk, dv, ds = backward(d_out, d_mass, d_state, *saved, *ctx.options)
+        started = saved[8] is not None
         return dq, dk, dv, None, None, ds if started else None, *([None] * (1 + len(ctx.options)))
 
     def like_inputs(d_out, d_mass, d_state, q, k, v, out, den, end, *_):

@@ -235,8 +235,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, d_out, d_mass):
-    dq, dk, dv, da, dc, d_gate = hybrid_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options)
-    if ctx.saved_tensors[3] is None:
+    saved = ctx.saved_tensors  # read once: gradient checkpointing hands out each tensor a single time
+    dq, dk, dv, da, dc, d_gate = hybrid_backward(d_out, d_mass, *saved, *ctx.options)
+    if saved[3] is None:
         da = dc = None
     return dq, dk, dv, da, dc, None, d_gate, None, None, None
 
