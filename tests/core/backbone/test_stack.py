@@ -82,6 +82,20 @@ def test_recomputation_changes_memory_not_numbers():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("variant", ["linear", "window", "hybrid"])
+def test_recomputation_hands_out_each_saved_tensor_once(variant):
+    encoder = Encoder(16, 2, 2, {"variant": variant}, checkpoint=True)
+    x, mask = torch.randn(2, 9, 16), torch.arange(9) < torch.tensor([9, 5])[:, None]
+
+    def gradients():
+        return torch.autograd.grad(encoder(x, key_mask=mask).square().sum(), list(encoder.parameters()))
+
+    recomputed = gradients()
+    encoder.checkpoint = False
+    for a, b in zip(recomputed, gradients()):
+        torch.testing.assert_close(a, b)
+
+
 def test_recomputation_draws_what_the_first_pass_drew():
     torch.manual_seed(3)
     plain = Encoder(16, 2, 2, {"variant": "hard"}).double()
