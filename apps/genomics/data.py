@@ -8,22 +8,19 @@ from typing import Any
 import numpy as np
 
 from apps.genomics.alphabet import ALPHABETS, Alphabet
-from apps.genomics.features import class_names, label_places, mirrored
+from apps.genomics.features import class_names, mirrored
 from apps.genomics.fits import fit_shortcut
 from apps.genomics.generated import generate
-from apps.genomics.intervals import read_bed, read_gff
 from apps.genomics.items import Items, Stretch, cut
 from apps.genomics.labels import UNSCORED, encode_label, find_names
 from apps.genomics.leaks import find_leaks
-from apps.genomics.negatives import add_negatives
-from apps.genomics.recipe import LANGUAGE, PER_BASE, PLAIN, DataSection, Files, GenomicsRecipe
-from apps.genomics.sequences import Reading, Record, form_of, read_records
+from apps.genomics.recipe import LANGUAGE, PER_BASE, DataSection, Files, GenomicsRecipe
+from apps.genomics.sequences import Record
+from apps.genomics.sources import find_sources, read_source
 from apps.genomics.splits import PARTS, Span, set_aside, split_records
 from apps.genomics.tokens import Tokens, learn_tokens
 from core.training.data import Data, padding_share
 from core.training.errors import UserError
-from core.training.files import find_file
-from core.training.rows import HUB
 from core.training.run import run_checkpoint
 
 READING = ("format", "alphabet", "columns", "sequence", "id", "header", "reference", "width", "sites", "duplicate_ids")
@@ -170,15 +167,15 @@ def _parts(recipe: GenomicsRecipe, alphabet: Alphabet, notes: dict[str, Any]) ->
         given = options.model_copy(update={"split": "given"})
         return _spans(records, encode(records, alphabet), given, alphabet), "generated"
     labels = recipe.task not in LANGUAGE
-    train, val, test = _sources(options)
-    reading = _read(train, options, labels, notes, recipe)
+    train, val, test = find_sources(options)
+    reading = read_source(train, options, notes, labels=labels)
     if test is None and val is None and options.train is None:
         codes = encode(reading.records, alphabet)
         return _spans(reading.records, codes, options, alphabet), _said(train)
     parts = {"train": reading, "val": None, "test": None}
     for part, source in (("val", val), ("test", test)):
         if source is not None:
-            parts[part] = _read(source, options, labels, notes, recipe)
+            parts[part] = read_source(source, options, notes, labels=labels)
     found = {part: (one.records, encode(one.records, alphabet)) for part, one in parts.items() if one is not None}
     if "val" not in found:
         records, codes = found["train"]
@@ -186,94 +183,6 @@ def _parts(recipe: GenomicsRecipe, alphabet: Alphabet, notes: dict[str, Any]) ->
         found["train"] = ([records[n] for n in stay], [codes[n] for n in stay])
         found["val"] = ([records[n] for n in aside], [codes[n] for n in aside])
     return {part: found[part] for part in PARTS if part in found}, _said(train)
-
-
-def _sources(options: DataSection) -> tuple[Files, Files | None, Files | None]:
-    """Where train, val and test come from, as paths that are there."""
-
-    def find(given: Files | None, public: Files | None, key: str) -> Files:
-        if isinstance(given, dict):
-            return {label: find(path, None, f"{key}.{label}") for label, path in given.items()}  # type: ignore[misc]
-        if isinstance(given, str) and given.startswith(HUB):
-            return given
-        if given is None and isinstance(public, dict):
-            return {label: find(None, path, key) for label, path in public.items()}  # type: ignore[misc]
-        assert not isinstance(public, dict)
-        return str(find_file(given, app="genomics", public=public, origin=options.origin, key=key))
-
-    def perhaps(given: Files | None, key: str) -> Files | None:
-        return None if given is None else find(given, None, key)
-
-    if options.train is not None:
-        return (
-            find(options.train, None, "data.train"),
-            perhaps(options.val, "data.val"),
-            perhaps(options.test, "data.test"),
-        )
-    test = None if options.path is not None or options.test_file is None else find(None, options.test_file, "data.test")
-    return find(options.path, options.file, "data.path"), None, test
-
-
-def _read(source: Files, options: DataSection, labels: bool, notes: dict[str, Any], recipe: GenomicsRecipe) -> Reading:
-    reading = read_records(source, options, labels=labels)
-    for name, value in reading.notes.items():
-        notes[name] = notes[name] + value if name in notes else value
-    beside = options.labels_path or options.labels_file
-    if beside is not None:
-        _add_labels(reading.records, options, notes)
-    if options.mask_path or options.mask_file:
-        _add_mask(reading.records, options)
-    if options.negatives != "none":
-        reading.records = add_negatives(reading.records, options)
-    return reading
-
-
-def _beside(options: DataSection, name: str) -> str:
-    given, public = getattr(options, f"{name}_path"), getattr(options, f"{name}_file")
-    return str(find_file(given, app="genomics", public=public, origin=options.origin, key=f"data.{name}_path"))
-
-
-def _add_labels(records: list[Record], options: DataSection, notes: dict[str, Any]) -> None:
-    """Labels per base from a second file: FASTA of label letters, or BED or GFF intervals."""
-    path = _beside(options, "labels")
-    form = form_of(path, PLAIN)
-    if form in ("bed", "gff"):
-        if options.features is None:
-            raise UserError(f"{path}: say which rows are labels, by data.features=[...] (names in BED, types in GFF)")
-        places = (read_bed if form == "bed" else read_gff)(Path(path))
-        lengths = {record.id: len(record.sequence) for record in records}
-        found = label_places(lengths, places, options.features, options.feature_labels, notes)
-        for record in records:
-            record.label = found[record.id]
-        return
-    reading = PLAIN.model_copy(update={"format": "fasta"})
-    if options.labels_header is not None:
-        marked = options.labels_header.replace("(?P<val>", "(?P<group>")
-        reading.header = rf"(?=^(?P<id>\S+)).*{marked}"
-    known = {record.id: record for record in read_records(path, reading).records}
-    for record in records:
-        labels = known.get(record.id)
-        if labels is None:
-            raise UserError(f"{record.where}: {path} has no labels for this id")
-        record.label = labels.sequence
-        if labels.split is not None:
-            is_val = (labels.group or "").lower() in ("true", "1", "yes")
-            record.split = "val" if is_val and labels.split == "train" else labels.split
-
-
-def _add_mask(records: list[Record], options: DataSection) -> None:
-    path = _beside(options, "mask")
-    known = {
-        record.id: record.sequence
-        for record in read_records(path, PLAIN.model_copy(update={"format": "fasta"})).records
-    }
-    for record in records:
-        mask = known.get(record.id)
-        if mask is None or len(mask) != len(record.sequence) or set(mask) - {"0", "1"}:
-            raise UserError(
-                f"{record.where}: {path} needs one 0 or 1 per letter for this id, {len(record.sequence)} in all"
-            )
-        record.scored = np.frombuffer(mask.encode(), dtype=np.uint8) == ord("1")
 
 
 def _spans(
@@ -308,7 +217,10 @@ def _names(recipe: GenomicsRecipe, train: Sequence[Record]) -> list[str]:
         return []
     if options.features is not None:
         return class_names(options.features, options.feature_labels)
-    return find_names(recipe.task, train, options.label if isinstance(options.label, list) else None)
+    columns = options.label if isinstance(options.label, list) else None
+    if recipe.task == "regression" and isinstance(options.label, str):
+        columns = [options.label]
+    return find_names(recipe.task, train, columns)
 
 
 def _tokens(recipe: GenomicsRecipe, alphabet: Alphabet, train: Sequence[np.ndarray]) -> Tokens:

@@ -26,10 +26,10 @@ from core.attention.maps import attention_rows
 from core.training.figures import canvas
 from core.training.run import LoadedRun
 
-RECORDS = 5
+RECORDS = 3
 """Records that are drawn, the first of the file."""
-LONGEST = 512
-"""Tokens of a record that are drawn: an attention map has the square of it."""
+LONGEST = 256
+"""Tokens of a record that are drawn: the rows of an attention map are found one by one."""
 
 
 def inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]:

@@ -15,8 +15,8 @@ from apps.timeseries.table import Table, read_table
 from apps.timeseries.windows import Scaler, Windows, fill_forward
 from core.training.data import Data
 from core.training.errors import UserError
-from core.training.matrices import pack
 from core.training.files import find_file
+from core.training.matrices import pack
 
 READING = ("time", "targets", "frequency", "timestamps", "missing", "sentinels")
 """Options of `data` that say how a file is read; `predict` reads the next file in the same way."""

@@ -12,22 +12,8 @@ from core.attention import Attention, available
 from core.attention.contract import Heads, Inputs, state_bytes
 from core.attention.registry import build, entry, variant_class
 
-SMALL = {
-    "window": 3,
-    "feature_dim": 4,
-    "features": 6,
-    "block": 4,
-    "stride": 2,
-    "summary": 1,
-    "dilation": 3,
-    "buckets": 4,
-    "rounds": 2,
-    "segment": 5,
-    "rank": 5,
-    "max_length": 4096,
-    "hidden": 6,
-    "choice": "softmax",
-}
+SMALL = {"window": 3, "feature_dim": 4, "features": 6, "block": 4, "stride": 2, "summary": 1, "dilation": 3}
+SMALL |= {"buckets": 4, "rounds": 2, "segment": 5, "rank": 5, "max_length": 4096, "hidden": 6, "choice": "softmax"}
 """Options that make blocks and rings small enough to be crossed, where a variant has them."""
 
 CHOICES = {
