@@ -131,7 +131,7 @@ def test_a_missing_file_is_named_with_its_neighbour(own_file, capsys, tmp_path):
     line = refused(
         capsys, ["fit", "timeseries/csv", f"data.path={path.with_name('owm.csv')}", "--run-dir", tmp_path / "r"]
     )
-    assert re.search(r"no file .*owm\.csv \(did you mean 'own\.csv'\?\)", line), line
+    assert re.search(r"no file .*owm\.csv' \(did you mean 'own\.csv'\?\)", line), line
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def test_lists(toy, capsys):
     assert names == [*available(), "layouts", *PRESETS]
     assert any(line.startswith("sandwich") and line.endswith("; slllllls") for line in lines)
     assert any(line.startswith("window") and "window=64" in line for line in lines)
-    assert "toy         a line through generated points (metric: mse, lower is better)" in told(capsys, "list", "apps")
+    listed = [line.split(maxsplit=1) for line in told(capsys, "list", "apps").splitlines()]
+    assert ["toy", "a line through generated points (metric: mse, lower is better)"] in listed
     assert "toy/demo" in told(capsys, "list", "data")
 
 
