@@ -10,7 +10,7 @@ APP = App(
     task="apps.genomics.task:build_task",
     floors="apps.genomics.baselines:floors",
     predict="apps.genomics.predict:predict",
-    inspect="apps.genomics.inspection:inspect",
+    inspect="apps.genomics.inspect:inspect",
     metric="mcc",
     better="higher",
 )

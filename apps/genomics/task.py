@@ -5,6 +5,7 @@ BaseTask       a class or a number per base
 LanguageTask   the next letter, or the masked ones (`language.py`)
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from apps.genomics.results import write_bases, write_sequences
 from core.training.pretrained import load_pretrained
 from core.training.scores import classification, regression
 from core.training.task import Task
+
+log = logging.getLogger(__name__)
 
 HEADS = ("head", "query", "shortcut")
 """Parts of a model that belong to its task and are not taken over from a pretrained run."""
@@ -46,14 +49,7 @@ class GenomicsTask(Task):
         """Before a new run trains: take over the weights of the pretrained one. A resumed run brings its own later."""
         source = self.recipe.model.pretrained
         if stage == "fit" and source is not None:
-            report = load_pretrained(self.model, source, skip=HEADS)
-            self.print_report(str(report))
-
-    def print_report(self, text: str) -> None:
-        """Say in the log what was taken over."""
-        import logging
-
-        logging.getLogger("core.training").info("pretrained: %s", text)
+            log.info("pretrained: %s", load_pretrained(self.model, source, skip=HEADS))
 
     def answer(self, batch: dict[str, Any]) -> Tensor:
         """What the model says of a batch, in float32."""
