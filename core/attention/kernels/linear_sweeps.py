@@ -83,6 +83,7 @@ def prefix(
 ):  # fmt: skip
     """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order.
 
+    `states` may be `sums` itself.
     RATES: log-decays per part, one per head or one per row of the state.
     """
     bh = tl.program_id(0) // blocks
@@ -94,10 +95,11 @@ def prefix(
     for n in range(parts):
         part = bh * parts + (parts - 1 - n if REVERSE else n)
         one = part.to(tl.int64) * N + at
+        own = tl.load(sums + one, mask=ok, other=0.0)
         tl.store(states + one, s, mask=ok)
         if DECAY:
             s *= tl.exp(tl.load(totals + part.to(tl.int64) * RATES + at // (N // RATES), mask=ok, other=0.0))
-        s += tl.load(sums + one, mask=ok, other=0.0)
+        s += own
     tl.store(end + bh.to(tl.int64) * N + at, s, mask=ok)
 
 
@@ -121,7 +123,7 @@ def _store_state(states, at, f, e, s, z, tile, F: tl.constexpr, E: tl.constexpr,
 
 
 @triton.jit
-def _weights(a, c, D: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def weights(a, c, D: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """(phi(q) phi(k)^T, its derivative by q k^T) from features, or for Taylor from q and k themselves."""
     s = product(a, tl.trans(c), DOT, PRECISION)
     if MAP == "taylor":
@@ -179,9 +181,9 @@ def forward(
             if MAP == "taylor":
                 xq = features(q, i * ql, row, c, D, D, "identity")
                 xk = features(k, j * kl, key, c, D, D, "identity")
-                w, _ = _weights(xq, xk, D, MAP, DOT, PRECISION)
+                w, _ = weights(xq, xk, D, MAP, DOT, PRECISION)
             else:
-                w, _ = _weights(fq, fk, D, MAP, DOT, PRECISION)
+                w, _ = weights(fq, fk, D, MAP, DOT, PRECISION)
             seen = (u[:, None] >= u[None, :]) & key[None, :]
             if DECAY != "none":
                 w *= tl.exp(tl.where(seen, running[:, None] - running[None, :], 0.0))
@@ -267,7 +269,7 @@ def query_gradient(
             if MAP == "taylor":
                 xq = features(q, i * ql, row, c, D, D, "identity")
                 xk = features(k, j * kl, key, c, D, D, "identity")
-                _, slope = _weights(xq, xk, D, MAP, DOT, PRECISION)
+                _, slope = weights(xq, xk, D, MAP, DOT, PRECISION)
                 inner = product(dw * slope, xk, DOT, PRECISION)
             else:
                 d += product(dw, fk, DOT, PRECISION)
@@ -347,9 +349,9 @@ def key_gradient(
             if MAP == "taylor":
                 xq = features(q, i * ql, row, c, D, D, "identity")
                 xk = features(k, j * kl, key, c, D, D, "identity")
-                w, slope = _weights(xq, xk, D, MAP, DOT, PRECISION)
+                w, slope = weights(xq, xk, D, MAP, DOT, PRECISION)
             else:
-                w, slope = _weights(fq, fk, D, MAP, DOT, PRECISION)
+                w, slope = weights(fq, fk, D, MAP, DOT, PRECISION)
             if DECAY != "none":
                 fall = tl.exp(tl.where(seen, running[:, None] - running[None, :], 0.0))
                 w *= fall
