@@ -52,8 +52,8 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         a, c = made(*rows, narrow), made(*keys, narrow)
         state = made(1, KEY_HEADS, linear.phi_named(phi).width(narrow), width + 1, dtype=torch.float32)
         raw(linear.linear_forward, a, c, v, mask, None, None, None, phi, direction, 0, True)
-        raw(linear.linear_backward, out, mass, None, a, c, v, out, mass, state, mask, None, None, None, phi, direction, 0,
-            True)  # fmt: skip
+        given = a, c, v, out, mass, state, mask, None, None, None
+        raw(linear.linear_backward, out, mass, None, *given, phi, direction, 0, True)
 
     def by_hybrid(causal: bool, phi: str = "elu", narrow: int | None = None, turned: bool = False):
         tails = (None, None) if narrow is None else (made(*rows, narrow), made(*keys, narrow))
@@ -140,7 +140,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     found = re.findall(r"REG:(\d+) STACK:(\d+)", told.stdout + told.stderr)
     registers, stack = max(found, key=lambda pair: int(pair[0]))
     return int(registers), int(stack)

@@ -51,6 +51,17 @@ BLOCKS = {
 """Rows and keys per block, warps and stages by (class of device, widest padded width, bytes per element). Chosen by the
 registers and shared memory that ptxas reports (docs/kernels.md); not yet timed on a GPU."""
 
+GRADIENTS = {
+    None: Blocks(16, 16, 4, 1),
+    "interpreter": Blocks(16, 16, 4, 1),
+    ("hopper", 64, 2): Blocks(64, 64, 8, 2),
+    ("hopper", 128, 2): Blocks(64, 64, 8, 1),
+    ("hopper", 256, 2): Blocks(32, 32, 8, 1),
+    ("ampere", 64, 2): Blocks(64, 64, 8, 1),
+    ("ampere", 128, 2): Blocks(32, 32, 8, 1),
+}
+"""The same for the two kernels of the backward."""
+
 
 def segment(features: int, values: int) -> int:
     """Positions per segment: a wide state costs more to move, so more keys are met one by one instead."""
@@ -92,27 +103,35 @@ class _Call:
             (FEATURE_MAPS[name].width(tails[0].shape[3]), v.shape[3]),
         )
         widths = padded(q.shape[3]), padded(self.features), padded(self.values)
-        self.blocks = choose(BLOCKS, q.device, max(64, *widths), q.element_size())
+        operand = padded(width) if name == "taylor" else widths[1]
+        key = q.device, max(64, widths[0], widths[2], operand), q.element_size()
+        self.blocks, self.back = choose(BLOCKS, *key), choose(GRADIENTS, *key)
         self.size = segment(self.features, self.values)
         self.parts, self.row_parts = (max(1, -(-n // self.size)) for n in (self.held, self.rows))
         self.column = min(64, widths[1], widths[2])  # of a state at once
-        exact = products(q, k, v)
-        self.summed = {
-            "G": width, "F": self.features, "E": self.values, "MAP": name, "TURN": turn, **exact,
-            "num_warps": self.blocks.warps, "num_stages": self.blocks.stages,
-        }  # fmt: skip
+        self.summed = {"G": width, "F": self.features, "E": self.values, "MAP": name, "TURN": turn, **products(q, k, v)}
         self.whole = {
-            **self.summed, "D": q.shape[3], "DP": widths[0], "XP": padded(width) if name == "taylor" else widths[1],
-            "FP": widths[1], "EP": widths[2], "BM": self.blocks.chunk, "BN": self.blocks.values, "BT": self.column,
-            "CAUSAL": causal, "MASK": key_mask is not None, "NEAR": products(q, k, v, bounded=True)["DOT"],
+            **self.summed, "D": q.shape[3], "DP": widths[0], "XP": operand, "FP": widths[1], "EP": widths[2],
+            "BT": self.column, "CAUSAL": causal, "MASK": key_mask is not None,
+            "NEAR": products(q, k, v, bounded=True)["DOT"],
         }  # fmt: skip
         self.tensors = self.q, self.k, self.v, self.a, self.c, self.x, self.y
         self.mask_stride = 0 if key_mask is None else self.keys
         self.strides = *(n for x in self.tensors for n in x.stride()[:3]), *gate.stride(), self.mask_stride
         sizes = self.heads, self.group, self.rows, self.keys, window, scale, self.held
         self.sizes = *sizes, self.size, self.parts, self.row_parts
-        self.row_grid = (-(-self.rows // self.blocks.chunk) * self.batch * self.heads,)
-        self.key_grid = (-(-self.keys // self.blocks.values) * self.batch * self.key_heads,)
+
+    def by_rows(self, blocks: Blocks) -> tuple[tuple[int], dict]:
+        """(grid, options) of a kernel with a block of rows per program."""
+        return (-(-self.rows // blocks.chunk) * self.batch * self.heads,), self._options(blocks)
+
+    def by_keys(self, blocks: Blocks) -> tuple[tuple[int], dict]:
+        """(grid, options) of a kernel with a block of keys per program."""
+        return (-(-self.keys // blocks.values) * self.batch * self.key_heads,), self._options(blocks)
+
+    def _options(self, blocks: Blocks) -> dict:
+        warps = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+        return {**self.whole, "BM": blocks.chunk, "BN": blocks.values, **warps}
 
     def empty(self, *shape: int) -> Tensor:
         """A float32 buffer."""
@@ -133,6 +152,7 @@ class _Call:
             a, x, v, self.mask, self.gate, mass, delta, made, *a.stride()[:3], *x.stride()[:3], *v.stride()[:3],
             *self.gate.stride(), self.mask_stride, heads, number, parts, self.size, tiles, FP=self.whole["FP"],
             BT=column, BN=self.blocks.values, MASK=self.whole["MASK"], ROWS=rows is not None, **self.summed,
+            num_warps=self.blocks.warps, num_stages=self.blocks.stages,
         )  # fmt: skip
         return made
 
@@ -169,9 +189,10 @@ class _Call:
         out = torch.empty(self.batch, self.heads, self.rows, self.values, dtype=self.v.dtype, device=self.q.device)
         mass = self.empty(*out.shape[:3])
         past, future, end = self.states(self.flat(state), keep)
-        forward[self.row_grid](
+        grid, options = self.by_rows(self.blocks)
+        forward[grid](
             *self.tensors, self.mask, self.gate, mass if past is None else past, mass if future is None else future,
-            out, mass, *self.strides, *self.sizes, STATE=past is not None, **self.whole,
+            out, mass, *self.strides, *self.sizes, STATE=past is not None, **options,
         )  # fmt: skip
         return out, mass, self.square(end) if keep and end is not None else mass.new_empty(0)
 
@@ -189,9 +210,10 @@ class _Call:
         dx, dy, d_gate = like(self.x, turn), like(self.y, turn), self.empty(*mass.shape)
         shared = *self.tensors, d_out, mass, delta, self.mask, self.gate
         strides = *self.strides, *d_out.stride()[:3]
-        query_gradient[self.row_grid](
+        grid, options = self.by_rows(self.back)
+        query_gradient[grid](
             *shared, mass if past is None else past, mass if future is None else future, dq, da, dx, d_gate,
-            *strides, *self.sizes, STATE=past is not None, SAME=self.same, **self.whole,
+            *strides, *self.sizes, STATE=past is not None, SAME=self.same, **options,
         )  # fmt: skip
         del past, future
         after = before = d_state = None
@@ -205,9 +227,10 @@ class _Call:
             before = None if self.causal else self.borders(sums, None, False, keep=True)[0]
             after, first = self.borders(sums, last, True, keep=False)
             d_state = self.square(first.unflatten(1, (self.key_heads, self.group)).sum(2))
-        key_gradient[self.key_grid](
+        grid, options = self.by_keys(self.back)
+        key_gradient[grid](
             *shared, mass if after is None else after, mass if before is None else before, dk, dv, dc, dy,
-            *strides, *self.sizes, STATE=after is not None, SAME=self.same, **self.whole,
+            *strides, *self.sizes, STATE=after is not None, SAME=self.same, **options,
         )  # fmt: skip
         return dq, dk, dv, da, dc, dx, dy, d_gate, self.empty(0) if state is None else d_state
 

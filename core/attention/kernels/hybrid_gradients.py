@@ -14,33 +14,45 @@ from core.attention.kernels.window import LOG2E, real, scores, tile
 
 @triton.jit
 def _read_gradient(
-    d, dt, u, at, row, lower, state,
-    F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    d, dt, along, a, u, at, to, row, lower, state,
+    G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, XP: tl.constexpr, FP: tl.constexpr, EP: tl.constexpr,
+    BT: tl.constexpr, MAP: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d [rows, F] with u S^T - lower z, S [F, E] taken BT columns at a time; TURN: the first part goes to dt."""
-    f = tl.arange(0, FP)
-    z = tl.load(state + F * E + f, mask=f < F, other=0.0)
-    d -= lower[:, None] * z[None, :]
-    for e0 in range(0, E, BT):
-        e = e0 + tl.arange(0, BT)
-        s = tl.load(state + f[:, None] * E + e[None, :], mask=(f < F)[:, None] & (e < E)[None, :], other=0.0)
-        more = product(tile(u, at, row, e, E), tl.trans(s), DOT, PRECISION)
-        if TURN:
-            dt += more
-        else:
-            d += more
-    return d, dt
+    """d with u S^T - lower z, S [F, E] taken BT columns at a time; TURN: the first part goes to dt.
+
+    Taylor features are many: there BT of them at a time go on to a, which is what d is the gradient at.
+    """
+    p, f, e = tl.arange(0, XP), tl.arange(0, FP), tl.arange(0, EP)
+    if MAP == "taylor":
+        for f0 in range(0, FP, BT):
+            n = f0 + tl.arange(0, BT)
+            s = tl.load(state + n[:, None] * E + e[None, :], mask=(n < F)[:, None] & (e < E)[None, :], other=0.0)
+            z = tl.load(state + F * E + n, mask=n < F, other=0.0)
+            more = product(tile(u, to, row, e, E), tl.trans(s), DOT, PRECISION) - lower[:, None] * z[None, :]
+            along += tl.sum(features(a, at, row, n, G, F, MAP) * more, 1)
+            d += through_features(a, at, row, n, p, more, G, F, MAP, DOT, PRECISION)
+    else:
+        z = tl.load(state + F * E + f, mask=f < F, other=0.0)
+        d -= lower[:, None] * z[None, :]
+        for e0 in range(0, E, BT):
+            n = e0 + tl.arange(0, BT)
+            s = tl.load(state + f[:, None] * E + n[None, :], mask=(f < F)[:, None] & (n < E)[None, :], other=0.0)
+            more = product(tile(u, to, row, n, E), tl.trans(s), DOT, PRECISION)
+            if TURN:
+                dt += more
+            else:
+                d += more
+    return d, dt, along
 
 
 @triton.jit
 def _gather_gradient(
-    d, dt, inner, along, ask, do, offset, t, row, c, y, v, mask, first, last, cl, yl, vl, M, W, SIDE: tl.constexpr,
+    d, dt, along, ask, do, offset, t, row, c, y, v, mask, first, last, cl, yl, vl, M, W, SIDE: tl.constexpr,
     G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, XP: tl.constexpr, FP: tl.constexpr, EP: tl.constexpr,
     BN: tl.constexpr, MAP: tl.constexpr, MASK: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `_gather`: the gradients at phi(a) (d, for Taylor by way of a: inner and along), and at x (dt)."""
+    """As `_gather`: the gradients at phi(a) (d; for Taylor features at a itself), at x (dt) and at the gate (along)."""
     p, f, e = tl.arange(0, XP), tl.arange(0, FP), tl.arange(0, EP)
     for n0 in range(first, last, BN):
         n = n0 + tl.arange(0, BN)
@@ -55,10 +67,10 @@ def _gather_gradient(
         if MAP == "taylor":
             w, slope = weights(ask, put, G, MAP, DOT, PRECISION)
             along += tl.sum(w * dw, 1)
-            inner += product(dw * slope, put, DOT, PRECISION)
+            d += product(dw * slope, put, DOT, PRECISION)
         else:
             d += product(dw, put, DOT, PRECISION)
-    return d, dt, inner, along
+    return d, dt, along
 
 
 @triton.jit
@@ -91,41 +103,39 @@ def query_gradient(
     offset = tl.load(delta + place, mask=row, other=0.0)
     do = tile(d_out, at * ol, row, e, E)
     # Both parts without the factor `far` of the row, which comes last.
-    tail, inner, along = tl.zeros([BM, FP], tl.float32), tl.zeros([BM, XP], tl.float32), tl.zeros([BM], tl.float32)
-    turned = tl.zeros([BM, FP], tl.float32)
+    tail, turned, along = tl.zeros([BM, XP], tl.float32), tl.zeros([BM, FP], tl.float32), tl.zeros([BM], tl.float32)
     ask = pair_operand(a, at * al, row, p, G, F, MAP)
     part = tl.maximum(tl.minimum((i0 + behind + 1) // size, parts - 1), 0)
     if STATE:
-        tail, turned = _read_gradient(
-            tail, turned, d_out, at * ol, row, offset, past + (bk * parts + part) * (F * (E + 1)),
-            F, E, FP, BT, TURN, DOT, PRECISION,
+        tail, turned, along = _read_gradient(
+            tail, turned, along, a, d_out, at * al, at * ol, row, offset, past + (bk * parts + part) * (F * (E + 1)),
+            G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
         )  # fmt: skip
-    tail, turned, inner, along = _gather_gradient(
-        tail, turned, inner, along, ask, do, offset, t, row, c, y, v, mask, part * size,
-        tl.minimum(T, i0 + behind + BM), cl, yl, vl, M, W, 1, G, F, E, XP, FP, EP, BN, MAP, MASK, TURN, DOT, PRECISION,
+    tail, turned, along = _gather_gradient(
+        tail, turned, along, ask, do, offset, t, row, c, y, v, mask, part * size, tl.minimum(T, i0 + behind + BM),
+        cl, yl, vl, M, W, 1, G, F, E, XP, FP, EP, BN, MAP, MASK, TURN, DOT, PRECISION,
     )  # fmt: skip
     if not CAUSAL:
         part = tl.minimum(tl.cdiv(i0 + BM - 1 + W, size), parts) - 1
         if STATE:
-            tail, turned = _read_gradient(
-                tail, turned, d_out, at * ol, row, offset, future + (bk * parts + part) * (F * (E + 1)),
-                F, E, FP, BT, TURN, DOT, PRECISION,
+            tail, turned, along = _read_gradient(
+                tail, turned, along, a, d_out, at * al, at * ol, row, offset,
+                future + (bk * parts + part) * (F * (E + 1)), G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
             )  # fmt: skip
-        tail, turned, inner, along = _gather_gradient(
-            tail, turned, inner, along, ask, do, offset, t, row, c, y, v, mask, (i0 + W) // BN * BN,
+        tail, turned, along = _gather_gradient(
+            tail, turned, along, ask, do, offset, t, row, c, y, v, mask, (i0 + W) // BN * BN,
             tl.minimum(T, (part + 1) * size), cl, yl, vl, M, W, -1,
             G, F, E, XP, FP, EP, BN, MAP, MASK, TURN, DOT, PRECISION,
         )  # fmt: skip
     far = far_factor(gate + b * gb + h * gh, at * gl, level, row)
-    along += tl.sum(features(a, at * al, row, f, G, F, MAP) * tail, 1)
+    if MAP != "taylor":
+        along += tl.sum(ask * tail, 1)
+        tail = through_features(a, at * al, row, f, p, tail, G, F, MAP, DOT, PRECISION)
     if TURN:
         along += tl.sum(features(x, at * xl, row, f, F, F, "given") * turned, 1)
         spot = dx + place[:, None] * F + f[None, :]
         tl.store(spot, (turned * far[:, None]).to(dx.dtype.element_ty), mask=row[:, None] & (f < F)[None, :])
     tl.store(d_gate + place, far * along, mask=row)
-    tail = through_features(a, at * al, row, f, p, tail, G, F, MAP, DOT, PRECISION)
-    if MAP == "taylor":
-        tail += inner
     tail *= far[:, None]
     if SAME:
         acc = tail
@@ -149,31 +159,36 @@ def query_gradient(
 @triton.jit
 def _spread(
     d, dt, dv, c, y, v, at, turned_at, to, key, state,
-    G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, EP: tl.constexpr, BT: tl.constexpr,
-    MAP: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, XP: tl.constexpr, FP: tl.constexpr, EP: tl.constexpr,
+    BT: tl.constexpr, MAP: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients at phi(c) (d), y (dt) and v (dv) with what a gradient at the state gives its keys."""
-    f, e = tl.arange(0, FP), tl.arange(0, EP)
-    d += tl.where(key[:, None], tl.load(state + F * E + f, mask=f < F, other=0.0)[None, :], 0.0)
-    for e0 in range(0, E, BT):
-        n = e0 + tl.arange(0, BT)
-        s = tl.load(state + f[:, None] * E + n[None, :], mask=(f < F)[:, None] & (n < E)[None, :], other=0.0)
-        more = product(tile(v, to, key, n, E), tl.trans(s), DOT, PRECISION)
-        if TURN:
-            dt += more
-        else:
-            d += more
+    """What a gradient at the state gives its keys, at phi(c) (d; for Taylor features at c itself), at y and at v."""
+    p, f, e = tl.arange(0, XP), tl.arange(0, FP), tl.arange(0, EP)
+    if MAP != "taylor":
+        d += tl.where(key[:, None], tl.load(state + F * E + f, mask=f < F, other=0.0)[None, :], 0.0)
+        for e0 in range(0, E, BT):
+            n = e0 + tl.arange(0, BT)
+            s = tl.load(state + f[:, None] * E + n[None, :], mask=(f < F)[:, None] & (n < E)[None, :], other=0.0)
+            more = product(tile(v, to, key, n, E), tl.trans(s), DOT, PRECISION)
+            if TURN:
+                dt += more
+            else:
+                d += more
     for f0 in range(0, FP, BT):
         n = f0 + tl.arange(0, BT)
         s = tl.load(state + n[:, None] * E + e[None, :], mask=(n < F)[:, None] & (e < E)[None, :], other=0.0)
         put = features(y, turned_at, key, n, F, F, "given") if TURN else features(c, at, key, n, G, F, MAP)
         dv += product(put, s, DOT, PRECISION)
+        if MAP == "taylor":
+            z = tl.load(state + F * E + n, mask=n < F, other=0.0)
+            more = product(tile(v, to, key, e, E), tl.trans(s), DOT, PRECISION) + z[None, :]
+            d += through_features(c, at, key, n, p, more, G, F, MAP, DOT, PRECISION)
     return d, dt, dv
 
 
 @triton.jit
 def _scatter(
-    d, dt, dv, inner, put, turned, value, n, key, a, x, d_out, mass, delta, gate, first, last, al, xl, ol, gl, shift,
+    d, dt, dv, put, turned, value, n, key, a, x, d_out, mass, delta, gate, first, last, al, xl, ol, gl, shift,
     L, W, SIDE: tl.constexpr,
     G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, XP: tl.constexpr, FP: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, MAP: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,10 +212,10 @@ def _scatter(
         dw -= tl.where(seen, (far * offset)[:, None], 0.0)
         dv += product(tl.trans(tl.where(seen, w * far[:, None], 0.0)), do, DOT, PRECISION)
         if MAP == "taylor":
-            inner += product(tl.trans(dw * slope), ask, DOT, PRECISION)
+            d += product(tl.trans(dw * slope), ask, DOT, PRECISION)
         else:
             d += product(tl.trans(dw), ask, DOT, PRECISION)
-    return d, dt, dv, inner
+    return d, dt, dv
 
 
 @triton.jit
@@ -227,8 +242,8 @@ def key_gradient(
     value, put, turned = tile(v, to * vl, key, e, E), pair_operand(c, to * cl, held, p, G, F, MAP), key[:, None]
     if TURN:
         turned = features(y, to * yl, held, f, F, F, "given")
-    tail, inner = tl.zeros([BN, FP], tl.float32), tl.zeros([BN, XP], tl.float32)
-    d_turned, d_value = tl.zeros([BN, FP], tl.float32), tl.zeros([BN, EP], tl.float32)
+    tail, d_turned = tl.zeros([BN, XP], tl.float32), tl.zeros([BN, FP], tl.float32)
+    d_value = tl.zeros([BN, EP], tl.float32)
     late = tl.maximum(tl.minimum(tl.cdiv(j0 + BN - 1 - behind, size), row_parts), 1) - 1
     early = tl.maximum(tl.minimum((j0 - W + 1) // size, row_parts - 1), 0)
     for g in range(GROUP):
@@ -237,10 +252,10 @@ def key_gradient(
         if STATE:
             tail, d_turned, d_value = _spread(
                 tail, d_turned, d_value, c, y, v, to * cl, to * yl, to * vl, held,
-                after + (spot + late) * (F * (E + 1)), G, F, E, FP, EP, BT, MAP, TURN, DOT, PRECISION,
+                after + (spot + late) * (F * (E + 1)), G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
             )  # fmt: skip
-        tail, d_turned, d_value, inner = _scatter(
-            tail, d_turned, d_value, inner, put, turned, value, j, held, a + b * ab + h * ah, x + b * xb + h * xh,
+        tail, d_turned, d_value = _scatter(
+            tail, d_turned, d_value, put, turned, value, j, held, a + b * ab + h * ah, x + b * xb + h * xh,
             d_out + b * ob + h * oh, mass + head, delta + head, gate + b * gb + h * gh,
             tl.maximum(0, j0 - behind) // BM * BM, tl.minimum(L, (late + 1) * size), al, xl, ol, gl, shift, L, W, 1,
             G, F, E, XP, FP, EP, BM, MAP, TURN, DOT, PRECISION,
@@ -249,10 +264,10 @@ def key_gradient(
             if STATE:
                 tail, d_turned, d_value = _spread(
                     tail, d_turned, d_value, c, y, v, to * cl, to * yl, to * vl, held,
-                    before + (spot + early) * (F * (E + 1)), G, F, E, FP, EP, BT, MAP, TURN, DOT, PRECISION,
+                    before + (spot + early) * (F * (E + 1)), G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
                 )  # fmt: skip
-            tail, d_turned, d_value, inner = _scatter(
-                tail, d_turned, d_value, inner, put, turned, value, j, held, a + b * ab + h * ah, x + b * xb + h * xh,
+            tail, d_turned, d_value = _scatter(
+                tail, d_turned, d_value, put, turned, value, j, held, a + b * ab + h * ah, x + b * xb + h * xh,
                 d_out + b * ob + h * oh, mass + head, delta + head, gate + b * gb + h * gh,
                 early * size, tl.minimum(L, j0 + BN - W), al, xl, ol, gl, shift, L, W, -1,
                 G, F, E, XP, FP, EP, BM, MAP, TURN, DOT, PRECISION,
@@ -261,9 +276,8 @@ def key_gradient(
         spot = dy + (bk.to(tl.int64) * M + to)[:, None] * F + f[None, :]
         d_turned = tl.where(held[:, None], d_turned, 0.0)
         tl.store(spot, d_turned.to(dy.dtype.element_ty), mask=inside[:, None] & (f < F)[None, :])
-    tail = through_features(c, to * cl, held, f, p, tail, G, F, MAP, DOT, PRECISION)
-    if MAP == "taylor":
-        tail += inner
+    if MAP != "taylor":
+        tail = through_features(c, to * cl, held, f, p, tail, G, F, MAP, DOT, PRECISION)
     tail = tl.where(held[:, None], tail, 0.0)
     if SAME:
         acc = tail
