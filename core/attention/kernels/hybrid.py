@@ -20,7 +20,7 @@ gradient at a state is a sum over the rows that read it. One kernel by rows give
 keys dk and dv over the heads of a group in order. Neither part's output or mass is ever written. No atomics.
 
 Bytes per position and head, e per element, R positions per segment: forward e (3 D + 3 E) and 16 F (E + 1) / R of
-states (24 two-sided); backward e (8 D + 8 E) and twice the states' bytes, blocks next to each other sharing theirs in
+states (24 two-sided); backward e (8 D + 9 E) and twice the states' bytes, blocks next to each other sharing theirs in
 the L2 cache. FLOPs forward 2 (W + BM + R / 2) (D + E) + 4 F E. The two kernels of `merge` write both parts' outputs and
 read them again, 3 e E more forward, but hold the state on chip.
 
@@ -36,7 +36,7 @@ from core.attention.kernels.features import MAPS
 from core.attention.kernels.hybrid_blocks import forward, write
 from core.attention.kernels.hybrid_gradients import key_gradient, query_gradient
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous
-from core.attention.kernels.linear_sweeps import prefix
+from core.attention.kernels.prefix import prefix
 from core.attention.kernels.window import delta_of
 
 BLOCKS = {
@@ -48,8 +48,8 @@ BLOCKS = {
     ("ampere", 64, 2): Blocks(64, 64, 4, 2),
     ("ampere", 128, 2): Blocks(64, 32, 8, 1),
 }
-"""Rows and keys per block, warps and stages by (class of device, widest padded width, bytes per element). Chosen by the
-registers and shared memory that ptxas reports (docs/kernels.md); not yet timed on a GPU."""
+"""Rows of a program, keys it meets at once, warps and stages by (class of device, widest padded width, bytes per
+element). Chosen by the registers and shared memory that ptxas reports (docs/kernels.md); not yet timed on a GPU."""
 
 GRADIENTS = {
     None: Blocks(16, 16, 4, 1),
@@ -60,7 +60,7 @@ GRADIENTS = {
     ("ampere", 64, 2): Blocks(64, 64, 8, 1),
     ("ampere", 128, 2): Blocks(32, 32, 8, 1),
 }
-"""The same for the two kernels of the backward."""
+"""The same for the backward: rows, or keys, of a program, and what it meets of the other at once."""
 
 
 def segment(features: int, values: int) -> int:
@@ -97,7 +97,7 @@ class _Call:
         self.batch, self.heads, self.rows = q.shape[:3]
         self.key_heads, self.keys, self.causal = k.shape[1], k.shape[2], causal
         self.group, window = self.heads // self.key_heads, min(window, max(self.rows, self.keys))
-        self.held = max(0, self.keys - window) if causal else self.keys
+        self.held = 0 if self.keys <= window else self.keys - window if causal else self.keys
         width, (self.features, self.values) = (
             tails[0].shape[3],
             (FEATURE_MAPS[name].width(tails[0].shape[3]), v.shape[3]),
@@ -123,15 +123,15 @@ class _Call:
 
     def by_rows(self, blocks: Blocks) -> tuple[tuple[int], dict]:
         """(grid, options) of a kernel with a block of rows per program."""
-        return (-(-self.rows // blocks.chunk) * self.batch * self.heads,), self._options(blocks)
+        return (-(-self.rows // blocks.chunk) * self.batch * self.heads,), self._options(blocks, "BM", "BN")
 
     def by_keys(self, blocks: Blocks) -> tuple[tuple[int], dict]:
         """(grid, options) of a kernel with a block of keys per program."""
-        return (-(-self.keys // blocks.values) * self.batch * self.key_heads,), self._options(blocks)
+        return (-(-self.keys // blocks.chunk) * self.batch * self.key_heads,), self._options(blocks, "BN", "BM")
 
-    def _options(self, blocks: Blocks) -> dict:
+    def _options(self, blocks: Blocks, own: str, met: str) -> dict:
         warps = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-        return {**self.whole, "BM": blocks.chunk, "BN": blocks.values, **warps}
+        return {**self.whole, own: blocks.chunk, met: blocks.values, **warps}
 
     def empty(self, *shape: int) -> Tensor:
         """A float32 buffer."""

@@ -1,7 +1,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # Triton compiles this file by rules of its own, which a type checker does not know.
-"""The linear kernels: write sums of segments, their prefix, outputs, gradients. `linear` says what they compute.
+"""The linear kernels: write sums of segments, outputs, gradients. `linear` says what they compute.
 
 Arguments, beside pointers and their strides (b, h, l): H heads per batch item of this launch, GROUP of them per key
 head, L rows, M keys, T steps of the timeline, on which row = row0 + step u and key = key0 + step u; `tiles` of value
@@ -73,34 +73,6 @@ def write(
             tl.store(sums + at + f * width + E, z, mask=f < F)
         if DECAY != "none":
             tl.store(totals + bh * parts + part, all_decay)
-
-
-@triton.jit
-def prefix(
-    sums, totals, first, end, states, parts, blocks,
-    N: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    RATES: tl.constexpr = 1,
-):  # fmt: skip
-    """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order.
-
-    `states` may be `sums` itself.
-    RATES: log-decays per part, one per head or one per row of the state.
-    """
-    bh = tl.program_id(0) // blocks
-    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < N
-    s = tl.zeros([BLOCK], tl.float32)
-    if FIRST:
-        s = tl.load(first + bh.to(tl.int64) * N + at, mask=ok, other=0.0)
-    for n in range(parts):
-        part = bh * parts + (parts - 1 - n if REVERSE else n)
-        one = part.to(tl.int64) * N + at
-        own = tl.load(sums + one, mask=ok, other=0.0)
-        tl.store(states + one, s, mask=ok)
-        if DECAY:
-            s *= tl.exp(tl.load(totals + part.to(tl.int64) * RATES + at // (N // RATES), mask=ok, other=0.0))
-        s += own
-    tl.store(end + bh.to(tl.int64) * N + at, s, mask=ok)
 
 
 @triton.jit
