@@ -99,8 +99,8 @@ for width in (64, 512 // size):
     constants |= {"BT": 64, "MAP": "elu", "MASK": True, "STATE": True, "SAME": False, "CAUSAL": False, "TURN": True}
     constants |= {"ROWS": True, "DOT": DOT[element], "NEAR": DOT[element], "PRECISION": precision}
     for kernel in HYBRID:
-        blocks = hybrid.GRADIENTS if kernel.__name__.endswith("gradient") else hybrid.BLOCKS
-        blocks = blocks.get(key) or blocks[None]
+        table = {"query_gradient": hybrid.ROWS, "key_gradient": hybrid.KEYS}.get(kernel.__name__, hybrid.BLOCKS)
+        blocks = table.get(key) or table[None]
         own, met = (blocks.values, blocks.chunk) if kernel is hybrid_gradients.key_gradient else blocks[:2]
         used = build(kernel, element, arch, blocks, {**constants, "BM": own, "BN": met})
         found.append((kernel.__name__, width, used))
