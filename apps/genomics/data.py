@@ -14,12 +14,13 @@ from apps.genomics.generated import generate
 from apps.genomics.items import Items, Stretch, cut
 from apps.genomics.labels import UNSCORED, encode_label, find_names
 from apps.genomics.leaks import find_leaks
+from apps.genomics.packing import attention_padding
 from apps.genomics.recipe import LANGUAGE, PER_BASE, DataSection, Files, GenomicsRecipe
 from apps.genomics.sequences import Record
 from apps.genomics.sources import find_sources, read_source
 from apps.genomics.splits import PARTS, Span, set_aside, split_records
 from apps.genomics.tokens import Tokens, learn_tokens
-from core.training.data import Data, padding_share
+from core.training.data import Data, EpochOrder, padding_share
 from core.training.errors import UserError
 from core.training.run import run_checkpoint
 
@@ -72,7 +73,7 @@ def build_data(recipe: GenomicsRecipe) -> Data:
     if shortcut is not None:
         spec["shortcut"] = shortcut
     summary |= _counts(parts, items, recipe, names)
-    lengthwise = train.lengths if len(set(train.lengths)) > 1 else None
+    lengthwise = train.lengths if len(set(train.lengths)) > 1 and not options.packing else None
     test = items.get("test")
     return Data(train, items.get("val"), test, spec=spec, summary=summary, lengths=lengthwise)
 
@@ -320,17 +321,27 @@ def _counts(
         for part in items:
             labels = np.bincount(np.array(items[part].targets), minlength=len(names))
             found.setdefault("items per class", {})[part] = dict(zip(names, labels.tolist()))
-    batch = recipe.trainer.batch_size
     if lengths[0] != lengths[-1]:
-        from core.training.data import EpochOrder
-
-        order = EpochOrder(len(train), batch, recipe.seed, lengths=train.lengths)
-        share = padding_share(train.lengths, [chosen.tolist() for chosen in order.batches()])
-        unsorted = padding_share(
-            train.lengths, [c.tolist() for c in EpochOrder(len(train), batch, recipe.seed).batches()]
-        )
-        found["padding"] = f"{share:.1%} of a batch of similar lengths ({unsorted:.1%} if drawn regardless)"
+        found["padding"] = _padding(recipe, train)
     return found
+
+
+def _padding(recipe: GenomicsRecipe, train: Items) -> str:
+    """How much of the first epoch's batches is padding, as they are and as they might be."""
+    size, seed = recipe.trainer.batch_size, recipe.seed
+
+    def batches(lengths: Sequence[int] | None) -> list[list[int]]:
+        return [chosen.tolist() for chosen in EpochOrder(len(train), size, seed, lengths=lengths).batches()]
+
+    drawn, alike = batches(None), batches(train.lengths)
+    regardless, sorted_ = padding_share(train.lengths, drawn), padding_share(train.lengths, alike)
+    if recipe.data.packing:
+        inside = attention_padding(train.lengths, drawn)
+        return (
+            f"packed: none outside attention, {inside:.1%} inside (in rows {regardless:.1%}, "
+            f"in batches of similar lengths {sorted_:.1%})"
+        )
+    return f"{sorted_:.1%} of a batch of similar lengths ({regardless:.1%} if drawn regardless)"
 
 
 def _rule(options: DataSection) -> str:

@@ -140,6 +140,9 @@ class DataSection(Section):
     """Bases between two training stretches of a longer sequence; null: `length`, side by side."""
     overlap: int = Field(0, ge=0)
     """Bases that stretches share in validation, test and prediction, so that no scored base lacks its context."""
+    packing: bool = False
+    """Sequences of a batch end to end in one row, without attention between them; batches are then drawn regardless
+    of length. false: padded rows, in batches of similar length."""
     crop: Literal["error", "start", "centre", "end"] = "error"
     """What happens to a sequence longer than `length` that has one label: an error, or which part stays."""
 
@@ -212,12 +215,14 @@ class ModelSection(Section):
 class PredictSection(Section):
     """What `longspan predict` does with a file; may be changed after training."""
 
-    what: Literal["predictions", "embeddings", "token_embeddings"] = "predictions"
-    """Predictions, or vectors: one per sequence, or one per token (.npz)."""
+    what: Literal["predictions", "embeddings", "token_embeddings", "mutagenesis"] = "predictions"
+    """Predictions; vectors, one per sequence or one per token (.npz); or the effect of every substitution (table)."""
     reference: str | None = None
     """FASTA or GenBank that BED and VCF files point into; for mutation lists the wild type. null: data.reference."""
     context: int | None = Field(None, ge=2)
     """Bases around a variant that are scored; null: as many as the model was trained on."""
+    flank: int = Field(8, ge=0)
+    """Tokens beside an insertion or deletion whose likelihood a masked model compares too."""
     stream: bool = False
     """Read a sequence of any length in one pass through the state of a causal model, in constant memory."""
     chunk: int = Field(4096, ge=1)
@@ -283,6 +288,10 @@ class GenomicsRecipe(Recipe):
             raise ValueError("model.shortcut=markov is for DNA")
         if data.features is not None and self.task != "tokens":
             raise ValueError(f"data.features are labels per base: say task=tokens, the task is {self.task}")
+        if data.packing and self.backbone.mlp == "mix":
+            raise ValueError(
+                "backbone.mlp=mix looks at neighbours, which in a pack may be another sequence's: say gelu"
+            )
         if data.negatives != "none" and self.task != "classification":
             raise ValueError(f"data.negatives make two classes, the task is {self.task}")
         return self
