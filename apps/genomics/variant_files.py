@@ -40,7 +40,7 @@ def predict_variants(
     if as_vcf and not found.header:
         raise UserError(f"{output}: a mutation list is written as a table (.csv .tsv .jsonl .parquet)")
     reference = open_reference(settings, spec, path)
-    size = settings.context or min(spec["longest"], LONGEST)
+    size = window_size(task, settings)
     windows, ready = [], []
     for variant in found.variants:
         contig = _contig(variant, reference)
@@ -52,7 +52,9 @@ def predict_variants(
     scores: dict[int, dict[str, float]] = {}
     for at in range(0, len(windows), settings.batch_size):
         part = windows[at : at + settings.batch_size]
-        for variant, score in zip(ready[at:], score_windows(task, part)):
+        for variant, score in zip(
+            ready[at:], score_windows(task, part, flank=settings.flank, size=settings.batch_size)
+        ):
             scores[id(variant)] = score
     skipped = Counter(variant.skipped.split(",")[0].split(" is ")[0] for variant in found.variants if variant.skipped)
     if skipped:
@@ -61,6 +63,11 @@ def predict_variants(
     if as_vcf:
         return _write_vcf(output, found, scores)
     return write_table(output, _rows(found.variants, scores, bool(found.header)))
+
+
+def window_size(task: GenomicsTask, settings: PredictSection) -> int:
+    """Letters around a variant that are scored."""
+    return settings.context or min(task.spec["longest"], LONGEST)
 
 
 def open_reference(settings: PredictSection, spec: dict[str, Any], path: Path) -> Reference:
