@@ -44,6 +44,7 @@ class Record:
         contig, start, strand: where it comes from; start counts from 0, strand is + or -.
         scored: bool [L], the bases that count; None: all.
         origin: records made from one sequence share it, and are never split apart; None: it was not made.
+        sites: positions of its letters in the parent, if the recipe reads a few alone.
     """
 
     id: str
@@ -57,6 +58,18 @@ class Record:
     strand: str = "+"
     scored: np.ndarray | None = None
     origin: str | None = None
+    sites: list[int] | None = None
+
+    @property
+    def end(self) -> int:
+        """Where it ends on its contig, excluded."""
+        return self.start + len(self.sequence)
+
+    def position(self, at: int) -> int:
+        """Position of letter `at` on the contig, or in the sequence if there is none, counted from 1."""
+        if self.sites is not None:
+            return self.sites[at]
+        return self.end - at if self.strand == "-" else self.start + at + 1
 
 
 @dataclass
@@ -90,7 +103,7 @@ def read_records(source: Files, options: DataSection, *, labels: bool = True) ->
     _check_ids(records, options.duplicate_ids, notes)
     if options.sites is not None:
         for record in records:
-            record.sequence = _at_sites(record, options.sites)
+            record.sequence, record.sites = _at_sites(record, options.sites), options.sites
     return Reading(records, notes)
 
 
