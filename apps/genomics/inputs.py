@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from apps.genomics.alphabet import ALPHABETS
-from apps.genomics.data import encode, make_items
+from apps.genomics.coding import encode, make_items
+from apps.genomics.data_section import DataSection
 from apps.genomics.items import Items
-from apps.genomics.recipe import DataSection, PredictSection
-from apps.genomics.sequences import SUFFIXES, Record, read_records
+from apps.genomics.recipe import PredictSection
+from apps.genomics.records import Record
+from apps.genomics.sequences import SUFFIXES, form_of, read_records
 from apps.genomics.task import GenomicsTask, SequenceTask
 from core.training.errors import UserError
 from core.training.rows import kind
@@ -22,6 +24,8 @@ def read_input(spec: dict[str, Any], settings: PredictSection, path: Path) -> li
     known = any(kind(path) in suffixes for suffixes in SUFFIXES.values())
     if known and kind(path) not in SUFFIXES.get(options.format or "", ()):
         options.format = None
+    if options.min_quality is not None and form_of(str(path), options) != "fastq":
+        options.min_quality = None
     if settings.reference is not None:
         options.reference = settings.reference
     return read_records(str(path), options, labels=False).records

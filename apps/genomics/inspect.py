@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from apps.genomics.alphabet import ALPHABETS
-from apps.genomics.data import encode
+from apps.genomics.coding import encode
 from apps.genomics.inputs import check_length, counts_positions, read_input
 from apps.genomics.items import padded
 from apps.genomics.language import LanguageTask
 from apps.genomics.mutagenesis import LETTERS, draw_map, substitutions
 from apps.genomics.recipe import GenomicsRecipe
+from apps.genomics.records import Record
 from apps.genomics.results import write_csv
-from apps.genomics.sequences import Record
 from apps.genomics.task import BaseTask, GenomicsTask, SequenceTask
 from core.attention.maps import attention_rows
 from core.training.figures import canvas

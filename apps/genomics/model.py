@@ -65,7 +65,7 @@ class Stem(nn.Module):
     @property
     def gap(self) -> int:
         """Empty places between two sequences of one row, so that neither sees the other."""
-        widest = max(layer.kernel_size[0] for layer in self.layers)  # type: ignore[index, operator]
+        widest: int = max(layer.kernel_size[0] for layer in self.layers)  # type: ignore[index, operator, assignment]
         return widest - 1 if self.causal else widest // 2
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import numpy as np
 
 from apps.genomics.language import LanguageTask
 from apps.genomics.recipe import PredictSection
+from apps.genomics.records import Record
 from apps.genomics.reference import Reference
 from apps.genomics.scoring import Window, score_windows
-from apps.genomics.sequences import Record
 from apps.genomics.task import BaseTask, GenomicsTask
 from apps.genomics.variant_files import cut_window, window_size
 from apps.genomics.variants import Variant
@@ -98,7 +98,7 @@ def draw_map(path: Path, record: Record, rows: Sequence[dict[str, object]], effe
         below.scatter([at for at, _ in marks], [letters.find(ref) for _, ref in marks], s=3, color="black", lw=0)
         below.set_yticks(range(len(letters)), letters)
         if len(positions) <= SHOWN:
-            below.set_xticks(places, [f"{reference[at]}" for at in places], fontsize=6)
+            below.set_xticks(places, [reference[at] for at in range(len(positions))], fontsize=6)
             below.tick_params(axis="x", length=0)
             ends = f"{positions[0]} to {positions[-1]}"
         else:

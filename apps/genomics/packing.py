@@ -29,8 +29,8 @@ def laid_out(ids: Tensor, mask: Tensor, gap: int) -> tuple[Tensor, Tensor]:
 
 
 def offsets(mask: Tensor) -> Tensor:
-    """Where each sequence of a pack starts, and where the last ends, [B + 1]."""
-    return F.pad(mask.sum(1).cumsum(0), (1, 0))
+    """Where each sequence of a pack starts, and where the last ends, [B + 1]; on the CPU, where attention reads it."""
+    return F.pad(mask.sum(1).cumsum(0), (1, 0)).cpu()
 
 
 def padded_again(x: Tensor, mask: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from apps.genomics.alphabet import ALPHABETS
-from apps.genomics.data import encode
+from apps.genomics.coding import encode
 from apps.genomics.inputs import batches, identities, input_items
 from apps.genomics.items import Items
 from apps.genomics.language import LanguageTask
 from apps.genomics.metrics import language_figures
 from apps.genomics.recipe import PredictSection
+from apps.genomics.records import Record
 from apps.genomics.scoring import likelihood
-from apps.genomics.sequences import Record
 from apps.genomics.stream import check_streams, stream_nats
 from apps.genomics.tables import TABLES, write_table
 from apps.genomics.tracks import SUFFIXES, Track, write_tracks

@@ -18,7 +18,7 @@ from apps.genomics.language import LanguageTask
 from apps.genomics.mutagenesis import check_mutates, substitutions
 from apps.genomics.perplexity import write_perplexity
 from apps.genomics.recipe import GenomicsRecipe, PredictSection
-from apps.genomics.sequences import Record
+from apps.genomics.records import Record
 from apps.genomics.tables import write_table
 from apps.genomics.task import BaseTask, GenomicsTask, SequenceTask
 from apps.genomics.tracks import Track, write_tracks

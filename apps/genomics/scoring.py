@@ -61,8 +61,8 @@ def score_windows(
     if isinstance(task, LanguageTask):
         strands = {"llr_forward": _ratios(task, before, after, flank, size)}
         if alphabet.complement is not None:
-            turned = [[alphabet.reverse_complement(codes) for codes in side] for side in (before, after)]
-            strands["llr_reverse"] = _ratios(task, *turned, flank, size)
+            old, new = ([alphabet.reverse_complement(codes) for codes in side] for side in (before, after))
+            strands["llr_reverse"] = _ratios(task, old, new, flank, size)
         for row, *ratios in zip(found, *strands.values()):
             row |= dict(zip(strands, ratios)) | {"llr": sum(ratios) / len(ratios)}
     elif isinstance(task, SequenceTask):
@@ -92,10 +92,11 @@ def embedded(task: GenomicsTask, batch: dict[str, Any]) -> Tensor:
     model, ids, mask = task.model, batch["ids"], batch["mask"]
     found = _mean(model.hidden(ids, mask), mask)
     if model.strand in ("average", "tied"):
-        turned = batch.get("other_ids"), batch.get("other_mask")
         if model.tokens.is_char:
-            turned = other_strand(ids, mask, model.complement), mask
-        found = (found + _mean(model.hidden(*turned), turned[1])) / 2
+            ids = other_strand(ids, mask, model.complement)
+        else:
+            ids, mask = batch["other_ids"], batch["other_mask"]
+        found = (found + _mean(model.hidden(ids, mask), mask)) / 2
     return found
 
 
@@ -134,12 +135,12 @@ def _ratios(
 
         old, new = (_each(task, side, total, size) for side in (before, after))
         return (new - old).tolist()
-    encode = task.model.tokens.encode
+    tokens = task.model.tokens
     asked, signs, owners = [], [], []
-    for owner, pair in enumerate(zip(before, after)):
-        for tokens, place, token, sign in _questions(*map(encode, pair), task.model.tokens.is_char, flank):
-            if token < task.model.tokens.targets:  # an ambiguous letter is nothing that a model predicts
-                asked.append((tokens, place, token))
+    for owner, (old, new) in enumerate(zip(before, after)):
+        for row, place, token, sign in _questions(tokens.encode(old), tokens.encode(new), tokens.is_char, flank):
+            if token < tokens.targets:  # an ambiguous letter is nothing that a model predicts
+                asked.append((row, place, token))
                 signs.append(sign)
                 owners.append(owner)
     values = fill_in(task, asked, size)

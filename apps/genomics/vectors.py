@@ -7,8 +7,8 @@ import numpy as np
 
 from apps.genomics.inputs import batches, identities, input_items
 from apps.genomics.recipe import PredictSection
+from apps.genomics.records import Record
 from apps.genomics.scoring import embedded
-from apps.genomics.sequences import Record
 from apps.genomics.task import GenomicsTask
 from core.training.errors import UserError
 

@@ -6,8 +6,8 @@ import torch
 from apps.genomics.alphabet import DNA
 from apps.genomics.mutagenesis import draw_map, substitutions
 from apps.genomics.recipe import PredictSection
+from apps.genomics.records import Record
 from apps.genomics.scoring import Window, batch_of, score_windows
-from apps.genomics.sequences import Record
 from apps.genomics.variants import Variant
 
 SETTINGS = PredictSection.model_validate({"batch_size": 7})

@@ -9,7 +9,7 @@ from apps.genomics.items import padded
 from apps.genomics.reference import Reference
 from apps.genomics.scoring import Window, differing, likelihood, score_windows
 from apps.genomics.variant_files import cut_window
-from apps.genomics.variants import Variant, changed, check_reference, is_variants, read_variants
+from apps.genomics.variants import Variant, changed, check_letters, check_reference, is_variants, read_variants
 from core.training.errors import UserError
 
 HEAD = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
@@ -40,10 +40,27 @@ def test_rows_become_one_variant_per_allele_and_positions_count_from_0(tmp_path)
         ("A]chr2:5]", "symbolic allele"),
         (".", "no alternative allele"),
         ("A", "alternative equals reference"),
+        ("N", "ambiguous letter"),
+        ("R", "ambiguous letter"),
     ],
 )
 def test_what_cannot_be_scored_is_marked(tmp_path, alt, reason):
-    assert read_variants(vcf(tmp_path, ["chr1", 5, ".", "A", alt, ".", ".", "."])).variants[0].skipped == reason
+    variant = read_variants(vcf(tmp_path, ["chr1", 5, ".", "A", alt, ".", ".", "."])).variants[0]
+    check_letters(variant, DNA)
+    assert variant.skipped == reason
+
+
+def test_position_0_is_a_telomere(tmp_path):
+    found = read_variants(vcf(tmp_path, ["chr1", 0, ".", "A", "C", ".", ".", "."])).variants[0]
+    assert found.skipped == "before the first base (a telomere)"
+
+
+def test_a_letter_that_is_none_is_an_error_that_names_the_row(tmp_path):
+    (tmp_path / "m.csv").write_text("mutant\nA5C\nA7Z\n")
+    found = read_variants(tmp_path / "m.csv").variants
+    check_letters(found[0], DNA)
+    with pytest.raises(UserError, match=r"m.csv, line 3, A7Z, position 1: 'Z' is not a letter of dna"):
+        check_letters(found[1], DNA)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +250,7 @@ def test_the_score_does_not_know_which_strand_the_reference_is(genome, built, le
 def test_the_reference_is_read_by_interval_also_where_no_index_can_be_written(tmp_path, monkeypatch):
     import pyfaidx
 
-    (tmp_path / "g.fa").write_text(">chr1\n" + "ACGT" * 100 + "\n")
+    (tmp_path / "g.fa").write_text(">chr1\n" + "ACGT" * 99 + "aCgT\n")
     whole = pyfaidx.Fasta
 
     def locked(path, indexname, **options):
@@ -243,7 +260,8 @@ def test_the_reference_is_read_by_interval_also_where_no_index_can_be_written(tm
 
     monkeypatch.setattr(pyfaidx, "Fasta", locked)
     reference = Reference.open(tmp_path / "g.fa")
-    assert reference.fetch("chr1", 398, 400, "+", "x") == "GT"
+    assert reference.fetch("chr1", 398, 400, "+", "x") == "gT"
+    assert reference.fetch("chr1", 394, 399, "-", "x") == "cGtAC"  # what is masked stays so
     assert not (tmp_path / "g.fa.fai").exists()
     with pytest.raises(UserError, match=r"has no contig '1' \(did you mean 'chr1'\?\)"):
         reference.length("1", "x")
@@ -266,7 +284,7 @@ def test_real_vcf_files_are_read_and_what_is_symbolic_is_counted(shared_data):
 
 
 def test_all_mutants_of_tem_1_agree_with_the_wild_type(shared_data):
-    from apps.genomics.recipe import DataSection
+    from apps.genomics.data_section import DataSection
     from apps.genomics.sequences import read_records
 
     folder = shared_data / "genomics" / "blat"
