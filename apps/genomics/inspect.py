@@ -22,7 +22,7 @@ from apps.genomics.language import LanguageTask
 from apps.genomics.mutagenesis import LETTERS, draw_map, substitutions
 from apps.genomics.recipe import GenomicsRecipe
 from apps.genomics.records import Record
-from apps.genomics.results import write_csv
+from apps.genomics.tables import write_table
 from apps.genomics.task import BaseTask, GenomicsTask, SequenceTask
 from core.attention.maps import attention_rows
 from core.training.figures import canvas
@@ -70,7 +70,7 @@ def inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]:
                 files.append(draw_map(picture, record, found, _effect(task, ids, mask), LETTERS[alphabet.name]))
     for name, table in (("saliency.csv", rows), ("mutagenesis.csv", effects)):
         if table:
-            files.insert(0, write_csv(output / name, table))
+            files.insert(0, write_table(output / name, table))
     return files
 
 

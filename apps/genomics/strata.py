@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apps.genomics.results import write_csv
+from apps.genomics.tables import write_table
 from core.training.figures import canvas
 from core.training.plots import COLOURS, INK
 from core.training.statistics import bootstrap_each
@@ -54,7 +54,7 @@ def write_strata(run_dir: Path, traits: np.ndarray, score: Score) -> list[Path]:
                 axes.annotate(f"{count}", (x, y), (0, 4), textcoords="offset points", ha="center", fontsize=7)
             axes.set(xlabel=name, ylabel=first, title=f"{first} by {name}, test part")
             axes.margins(x=0.08, y=0.16)
-    return [write_csv(run_dir / "strata.csv", rows), run_dir / "strata.png"]
+    return [write_table(run_dir / "strata.csv", rows), run_dir / "strata.png"]
 
 
 def _cut(values: np.ndarray) -> Iterator[tuple[float, float, np.ndarray]]:
