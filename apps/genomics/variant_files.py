@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apps.genomics.agreement import agreement
 from apps.genomics.recipe import PLAIN, PredictSection
 from apps.genomics.reference import Reference
 from apps.genomics.scoring import Window, score_windows
@@ -58,6 +59,10 @@ def predict_variants(
     if skipped:
         told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         log.warning("%d of %d variants are not scored: %s", sum(skipped.values()), len(found.variants), told)
+    if settings.against is not None:
+        name, figures = agreement(found.variants, scores, settings.against)
+        told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        log.info("%s against %s  %s", name, settings.against, told)
     if as_vcf:
         return _write_vcf(output, found, scores)
     return write_table(output, _rows(found.variants, scores, bool(found.header)))
