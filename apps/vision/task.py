@@ -10,9 +10,10 @@ from torch import Tensor
 
 from apps.vision.augment import Mixing
 from apps.vision.convert import Distillation, load_source, source_is_there, take_over, untrained
+from apps.vision.costs import count_cost
 from apps.vision.images import BORDER, normalised, restored
 from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
-from apps.vision.model import TimmBackbone, VisionModel, count_cost
+from apps.vision.model import TimmBackbone, VisionModel
 from apps.vision.recipe import VisionRecipe, pair
 from apps.vision.results import Kept, write_results
 from core.training.pretrained import load_pretrained, read_weights
