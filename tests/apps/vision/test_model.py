@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from apps.vision.model import ConvStem, VisionModel, count_cost
+from apps.vision.costs import count_cost
+from apps.vision.model import ConvStem, VisionModel
 from core.training.recipe import load_recipe
 
 SPEC = {"classes": ["a", "b", "c"], "size": [32, 48]}
