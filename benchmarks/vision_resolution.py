@@ -181,8 +181,8 @@ def draw(file: Path) -> Path:
     names.insert(1, "materialised")
     sizes = sorted({one["size"] for one in rows if one["what"] == "peak memory / sdpa"})
     for size, marker in zip(sizes, "osD^"):
-        peaks = {name: series("peak memory / sdpa", name, "peak_bytes").get(size) for name in names}
-        there = [name for name in names if peaks[name]]
+        peaks = {name: series("peak memory / sdpa", name, "peak_bytes").get(size, 0) for name in names}
+        there = [name for name in names if peaks[name]]  # all but the matrix at large sizes
         found = [peaks[name] / 2**20 for name in there]
         right.plot(found, [names.index(name) for name in there], marker, label=f"{size} pixels")
     right.set_yticks(range(len(names)), names)
