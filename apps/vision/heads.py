@@ -11,6 +11,7 @@ class Features(NamedTuple):
 
     tokens: [B, N, D], row by row.   grid: their rows and columns.   prefix: [B, P, D] tokens before them.
     finer: feature maps [B, D', h, w] from before the tokens, finest first.   mask: [B, N] real tokens, or None.
+    start: the map [B, D, rows, columns] that became the tokens; None where the stem is timm's.
     """
 
     tokens: Tensor
@@ -18,6 +19,7 @@ class Features(NamedTuple):
     prefix: Tensor
     finer: list[Tensor]
     mask: Tensor | None
+    start: Tensor | None = None
 
     def map(self) -> Tensor:
         """The tokens as a feature map [B, D, rows, columns]."""

@@ -14,50 +14,10 @@ from torch import Tensor, nn
 
 from apps.vision.heads import Features, MapHead, MultiScaleHead
 from apps.vision.recipe import VisionRecipe, pair
+from apps.vision.stems import STEMS, Texture
 from core.attention.positions import LearnedPositions, sinusoidal
 from core.backbone import Encoder
 from core.layout import expand_layout
-
-
-class PatchStem(nn.Module):
-    """One linear map per patch."""
-
-    def __init__(self, channels: int, dim: int, patch: int):
-        super().__init__()
-        self.project = nn.Conv2d(channels, dim, patch, patch)
-        self.widths: list[int] = []
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[B, C, H, W] -> ([B, D, rows, columns], no finer maps)."""
-        return self.project(x), []
-
-
-class ConvStem(nn.Module):
-    """3 x 3 convolutions of stride 2 until a pixel is a patch: a better start for few images than one linear map.
-
-    Group norm with one group, so that no image depends on its batch.
-
-    Source:
-        Xiao et al. 2021, arXiv:2106.14881
-    """
-
-    def __init__(self, channels: int, dim: int, patch: int, width: int):
-        super().__init__()
-        self.stages = nn.ModuleList()
-        widths = [min(dim, width * 2**i) for i in range(patch.bit_length() - 2)] + [dim] if patch > 1 else [dim]
-        for out in widths[:-1]:
-            self.stages.append(nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1), nn.GroupNorm(1, out), nn.GELU()))
-            channels = out
-        self.last = nn.Conv2d(channels, dim, 3, 2 if patch > 1 else 1, 1)
-        self.widths = widths[:-1]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[B, C, H, W] -> ([B, D, rows, columns], maps of stride 2, 4, ... before it)."""
-        finer = []
-        for stage in self.stages:
-            x = stage(x)
-            finer.append(x)
-        return self.last(x), finer
 
 
 class PlainBackbone(nn.Module):
@@ -69,11 +29,7 @@ class PlainBackbone(nn.Module):
         self.patch, self.dim, dim = model.patch, backbone.dim, backbone.dim
         channels = 3 if recipe.data.channels == "rgb" else 1
         width = model.stem_width or max(4, dim // 4)
-        self.stem = (
-            ConvStem(channels, dim, model.patch, width)
-            if model.stem == "conv"
-            else PatchStem(channels, dim, model.patch)
-        )
+        self.stem = STEMS[model.stem](channels, dim, model.patch, *([] if model.stem == "patch" else [width]))
         kind = backbone.positions or "sinusoidal"
         if kind == "sinusoidal" and dim % 4:
             raise ValueError(f"sinusoidal positions of rows and columns need backbone.dim divisible by 4, got {dim}")
@@ -102,10 +58,10 @@ class PlainBackbone(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> Features:
         """Features of images [B, C, H, W]; real [B, 2]: rows and columns that are no border, None: all."""
         check_size(x, self.patch)
-        x, finer = self.stem(x)
-        grid = (x.shape[2], x.shape[3])
+        start, finer = self.stem(x)
+        grid = (start.shape[2], start.shape[3])
         rows, columns = (torch.arange(n, device=x.device) for n in grid)
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = start.flatten(2).transpose(1, 2)
         if self.sinusoidal:
             half = self.dim // 2
             at = torch.cat(
@@ -137,7 +93,7 @@ class PlainBackbone(nn.Module):
             )
             where["coordinates"] = F.pad(at, (0, 0, first, 0))
         tokens = self.encoder(tokens, key_mask=whole, grid=grid, **where)
-        return Features(tokens[:, first:], grid, tokens[:, :first], finer, mask)
+        return Features(tokens[:, first:], grid, tokens[:, :first], finer, mask, start)
 
 
 class TimmBackbone(nn.Module):
@@ -219,6 +175,9 @@ class VisionModel(nn.Module):
         elif not timm:
             self.head = nn.Linear(self.backbone.dim, outputs)
             nn.init.zeros_(self.head.bias)
+        self.texture: Texture | None = None
+        if recipe.model.texture:
+            self.texture = Texture([*self.backbone.stem.widths, self.backbone.dim], outputs)  # type: ignore[list-item]
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """Normalised images [B, C, H, W]; real [B, 2]: rows and columns that are no border."""
@@ -227,15 +186,22 @@ class VisionModel(nn.Module):
                 return self.backbone.classify(x)
             found = self.backbone(x, real)
             assert self.head is not None
-            if self.pool == "token":
-                return self.head(found.prefix[:, -1])
-            if found.mask is None:
-                return self.head(found.tokens.mean(1))
-            weights = found.mask.to(found.tokens.dtype)[..., None]
-            return self.head((found.tokens * weights).sum(1) / weights.sum(1))
+            answer = self.head(self._pooled(found))
+            if self.texture is not None and found.start is not None:
+                answer = answer + self.texture([*found.finer, found.start])
+            return answer
         assert self.head is not None
         maps = self.head(self.backbone(x, real))
         return F.interpolate(maps, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+    def _pooled(self, found: Features) -> Tensor:
+        """[B, D]: the class token, or the mean of the real tokens."""
+        if self.pool == "token":
+            return found.prefix[:, -1]
+        if found.mask is None:
+            return found.tokens.mean(1)
+        weights = found.mask.to(found.tokens.dtype)[..., None]
+        return (found.tokens * weights).sum(1) / weights.sum(1)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameter belongs to which layer, as timm's layer decay asks for it."""

@@ -78,7 +78,7 @@ class VisionTask(Task):
             log.info("timm weights: %s", load_weights(self.model.backbone.model, options.weights))
         if options.pretrained is not None:
             given, own = read_weights(options.pretrained), self.model.state_dict()
-            heads = ("head.", "backbone.model.head.")  # one for other classes starts anew
+            heads = ("head.", "texture.project.", "backbone.model.head.")  # one for other classes starts anew
             skip = [n for n in own if n.startswith(heads) and n in given and given[n].shape != own[n].shape]
             log.info("pretrained: %s", load_pretrained(self.model, options.pretrained, skip=skip))
         if options.convert_from is not None:
