@@ -80,8 +80,9 @@ class DataSection(Section):
     """Names of the columns of rows."""
     questions: Literal["all", "plot", "focused"] = "all"
     """squality: the question about the plot, the four others, or all five."""
-    leak: Literal["clean", "abstract", "none"] = "clean"
-    """scisummnet, whose summaries begin with the abstract: take out title and abstract, abstract alone, or nothing."""
+    leak: Literal["strict", "clean", "abstract", "none"] = "clean"
+    """scisummnet, whose summaries begin with the abstract: take out title and abstract (strict: and what repeats it in
+    the body), abstract alone, or nothing."""
     min_words: int = Field(0, ge=0)
     """Documents of fewer words are dropped and counted."""
     val_share: float = Field(0.1, gt=0, lt=1)
