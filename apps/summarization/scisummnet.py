@@ -2,7 +2,7 @@
 
 A human summary begins with the paper's title and abstract. Left in the document, Lead scores rouge1 70 by copying; so
 by default both are taken out, and papers whose abstract is not marked, and would stay in, are left out of all parts.
-Some papers, most of them from journals, repeat the abstract in the body under another mark; `leak=strict` also takes out
+Some papers, most of them from journals, repeat the abstract in the body under another mark; leak=strict takes out also
 every sentence of the body of which half of the 4-grams stand in the abstract, and papers whose abstract is marked but
 empty. Every 8th paper by id is test, every 8th of the rest validation.
 """
