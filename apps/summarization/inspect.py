@@ -58,13 +58,13 @@ def attribution(task: SummaryTask, outcome: Outcome) -> np.ndarray:
     found = np.zeros(len(example.source.sentences))
     if isinstance(task.model, Extractor):
         item = ExtractiveItems([example], task.spec, None, "inspect")[0]
-        batch = collate_extractive([item])
-        weights = _gradient(task.model.enter, lambda: task.score(batch)[0, outcome.sentences or []].sum())
+        model, batch = task.model, collate_extractive([item])
+        weights = _gradient(model.enter, lambda: model.score(batch)[0, outcome.sentences or []].sum())
         return weights[0].numpy()[: len(found)]
     if not isinstance(task.model, Writer) or task.tokens is None:
         raise UserError("a converted checkpoint has nothing to inspect yet; predict gives its summaries")
     model = task.model
-    item = AbstractiveItems([example], task.spec, "inspect")[0]
+    item = AbstractiveItems([example], task.spec, "inspect", task.worth())[0]
     batch = collate_abstractive([item])
     written = torch.tensor([[BEGIN, *task.tokens.encode(outcome.summary)[: task.spec["max_summary"]], END]])
     weights = _gradient(model.table, lambda: -model.loss(batch["document"], written), keep_sign=True)

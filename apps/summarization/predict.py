@@ -70,7 +70,7 @@ def summarise_file(run: LoadedRun, input: Path) -> tuple[list[Outcome], dict[str
 def summarise(task: SummaryTask, examples: list[Example], options: DataSection) -> list[Outcome]:
     """Summaries of examples, one document at a time: a document may be long."""
     if "tokenizer" in task.spec:
-        items: Any = AbstractiveItems(examples, task.spec, "predict")
+        items: Any = AbstractiveItems(examples, task.spec, "predict", task.worth())
         collate = collate_abstractive
     else:
         items = ExtractiveItems(cut_documents(examples, options)[0], task.spec, None, "predict")

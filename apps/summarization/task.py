@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apps.summarization.abstractive import Writer
 from apps.summarization.baselines import budget_of, choose, text_of
+from apps.summarization.chooser import central
 from apps.summarization.decoding import Speed, write
 from apps.summarization.documents import Example
 from apps.summarization.extractive import Extractor
@@ -70,6 +71,9 @@ class SummaryTask(Task):
         if recipe.model.pretrained is not None and Path(recipe.model.pretrained).expanduser().exists():
             # A finished run is loaded again where its source may be gone: its checkpoint has all weights.
             log.info("%s: %s", recipe.model.pretrained, load_pretrained(self.model, recipe.model.pretrained))
+        extractor = recipe.model.extractor
+        if extractor is not None and Path(extractor).expanduser().exists():
+            load_pretrained(self.model.chooser.extractor, extractor, key="model.extractor")  # type: ignore[union-attr]
         self.tokens = Tokens(**spec["tokenizer"]) if "tokenizer" in spec else None
         self.budget = budget_of(recipe, spec)
         self.scorer = Scorer()
@@ -82,7 +86,7 @@ class SummaryTask(Task):
         """Extractive: squared error of standardised worth, or cross-entropy of labels; else of the next token."""
         if not isinstance(self.model, Extractor):
             return self.writer.loss(batch["document"], batch["summary"]), {}
-        scores, labels, mask = self.score(batch), batch["labels"], batch["words"].mask
+        scores, labels, mask = self.model.score(batch), batch["labels"], batch["words"].mask
         if self.recipe.model.labels == "soft":
             counts = mask.sum(dim=1, keepdim=True)
             mean = (labels * mask).sum(dim=1, keepdim=True) / counts
@@ -94,18 +98,19 @@ class SummaryTask(Task):
             losses = F.binary_cross_entropy_with_logits(scores.masked_fill(~mask, 0.0), labels, reduction="none")
         return (losses * mask).sum() / mask.sum(), {}
 
-    def score(self, batch: dict[str, Any]) -> Tensor:
-        """Scores of sentences [B, N], float32."""
-        assert isinstance(self.model, Extractor)
-        features = batch["features"] if self.spec["features"] else None
-        return self.model(batch["words"], features, batch["query"] if self.spec["queries"] else None).float()
+    def worth(self) -> Any:
+        """What scores the sentences that the writer gets to read; None: it reads all."""
+        if self.recipe.model.kind != "extract_abstract":
+            return None
+        chooser = getattr(self.model, "chooser", None)
+        return central if chooser is None else chooser.scores
 
     def summarise(self, batch: dict[str, Any]) -> list[Outcome]:
         """A summary of each document of a batch, as `predict.*` of the recipe says."""
         started = time.perf_counter()
         examples = batch["carried"].examples
         if isinstance(self.model, Extractor):
-            found = [self._extract(e, s) for e, s in zip(examples, self.score(batch).cpu().double().numpy())]
+            found = [self._extract(e, s) for e, s in zip(examples, self.model.score(batch).cpu().double().numpy())]
         else:
             found = self._write(batch, examples)
         for outcome in found:

@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import re
+import shutil
 
 import pytest
 
@@ -147,6 +148,30 @@ def test_a_tokenizer_file_is_used_and_a_wrong_one_is_named(small_recipe, tmp_pat
     path.write_text("{}")
     with pytest.raises(UserError, match=r"is not a tokenizer.json"):
         build_data(small_recipe("jsonl", f"model.tokenizer_file={path}"))
+
+
+def test_a_trained_extractor_chooses_what_the_writer_reads(run, small_recipe, own_file, tmp_path):
+    known = tmp_path / "extractor"
+    shutil.copytree(run("extractive"), known)
+    options = ("model.kind=extract_abstract", "model.source_words=30", "attention=linear", "trainer.accumulate=1")
+    recipe = small_recipe("jsonl", *options, f"model.extractor={known}", "predict.decoding=greedy")
+    fit(recipe, run_dir=tmp_path / "run", quiet=True)
+    shutil.rmtree(known)  # the run folder alone is enough
+    loaded = load_run(tmp_path / "run")
+    assert not any(p.requires_grad for p in loaded.task.model.chooser.parameters())
+
+    def sentences(folder, *overrides):
+        (file,) = predict(folder, own_file, tmp_path / "out.jsonl", overrides)
+        return [json.loads(line)["sentences"] for line in file.read_text().splitlines()]
+
+    found = sentences(tmp_path / "run")
+    assert found == sentences(run("extractive"), "predict.words=30", "predict.sentences=null")
+    assert found != sentences(run("extract_abstract")), "LexRank would have chosen the same"
+    recipe = small_recipe("jsonl", *options, f"model.extractor={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=r"model.extractor: .* is a run of extract_abstract; name one of kind=extract"):
+        build_data(recipe)
+    with pytest.raises(UserError, match=r"model.extractor: there is no file"):
+        build_data(small_recipe("jsonl", *options, f"model.extractor={known}"))
 
 
 def test_weights_of_another_run_are_a_start(run, small_recipe, tmp_path):
