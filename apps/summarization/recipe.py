@@ -177,7 +177,8 @@ class ModelSection(Section):
     cross: Cross = Field(default_factory=lambda: {"variant": "softmax"})
     """Cross-attention: softmax reads all positions, hepos every stride-th per head, linear a sum of constant size."""
     global_tokens: Literal["none", "first", "query", "separators"] = "none"
-    """Positions that see all and are seen by all, for attention that can (longformer) and for a checkpoint of LED."""
+    """Positions that see all and are seen by all, for attention that can (longformer), and for a checkpoint of LED, of
+    which the first is always one."""
     packed: bool = False
     """Lay the documents of a batch end to end for the encoder instead of padding them to the longest."""
     pointer: bool = False

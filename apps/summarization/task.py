@@ -168,6 +168,7 @@ class SummaryTask(Task):
                 share = f"{found['cut_at_maximum']:.0%}"
                 log.warning("%s of the summaries were cut at their maximum length; raise predict.max_tokens", share)
             found["ms_per_token"] = self.speed.ms_per_token
+            found["state_kb"] = self.speed.state_bytes / 1024
         self.part = ""
         return found
 
