@@ -1,9 +1,9 @@
 """A converted checkpoint as a writer: the same batches, losses and summaries as `abstractive.Writer` (extra `hf`).
 
 Tokens of the app are those of the checkpoint's tokenizer.json moved up by five, our specials being in front; here they
-are moved back, and the checkpoint's own begin and end are put around every document and summary. Global in LED are its
-begin, as it was trained, and the question or the ends of sentences where `model.global_tokens` asks for them. Decoding is
-that of transformers, with its caches.
+are moved back, and the checkpoint's own begin and end are put around every document and summary. In LED its begin is
+global, as it was trained, and so are the question or the ends of sentences where `model.global_tokens` asks for them.
+Decoding is that of transformers, with its caches.
 """
 
 import time
