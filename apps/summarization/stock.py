@@ -43,6 +43,7 @@ class StockWriter(nn.Module):
         self.start = int(self.end if start is None else start)
         # BART and its kin put begin and end around a document, T5 and PEGASUS the end alone.
         self.begin = int(config.bos_token_id) if config.model_type in ("bart", "led", "mbart") else None
+        self.front = 0 if self.begin is None else 1
 
     def loss(self, document: Document, summary: Tensor) -> Tensor:
         """Mean negative log-likelihood of summary [B, T], BEGIN first, END last."""
@@ -104,7 +105,7 @@ class StockWriter(nn.Module):
         ids = document.ids
         lengths = (ids != PAD).sum(dim=1)
         rows = torch.full((len(ids), ids.shape[1] + 2), self.pad, dtype=ids.dtype, device=ids.device)
-        front = 0 if self.begin is None else 1
+        front = self.front
         if self.begin is not None:
             rows[:, 0] = self.begin
         rows[:, front : front + ids.shape[1]] = self._back(ids, torch.zeros_like(ids, dtype=torch.bool))

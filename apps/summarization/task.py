@@ -18,6 +18,7 @@ from apps.summarization.documents import Example
 from apps.summarization.extractive import Extractor
 from apps.summarization.faithfulness import faithfulness
 from apps.summarization.graphs import likeness
+from apps.summarization.measuring import measure
 from apps.summarization.model import build_model
 from apps.summarization.recipe import SummarizationRecipe
 from apps.summarization.results import write_results
@@ -205,7 +206,7 @@ class SummaryTask(Task):
 
     def artifacts(self, run_dir: Path) -> list[Path]:
         """predictions.jsonl, scores.csv, scores by length and by place in the source, the tokenizer, plots."""
-        files = write_results(run_dir, self.outcomes, self.scorer.describe())
+        files = write_results(run_dir, self.outcomes, self.scorer.describe(), lambda example: measure(self, example))
         if self.tokens is not None:
             saved = self.tokens.save(run_dir / "tokenizer.json")
             files += [saved] if saved else []
