@@ -51,7 +51,10 @@ def inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     outcomes = summarise_file(run, input)[0][:MOST]
     found = [look(task, outcome) for outcome in outcomes]
     page, table = output / "summaries.html", output / "attributions.jsonl"
-    layers = [[Layer(name, _scaled(heat), NOTES[name]) for name, heat in heats.items()] for heats in found]
+    layers = [
+        [Layer(name, _scaled(heat, outcome), NOTES[name]) for name, heat in heats.items()]
+        for heats, outcome in zip(found, outcomes)
+    ]
     write_page(page, outcomes, layers)
     with table.open("w") as file:
         for outcome, heats in zip(outcomes, found):
@@ -112,8 +115,10 @@ def _by_sentence(weights: np.ndarray, owners: np.ndarray, size: int) -> np.ndarr
     return np.bincount(owners[owners >= 0], weights=weights[owners >= 0], minlength=size)
 
 
-def _scaled(heat: np.ndarray) -> np.ndarray:
-    return heat / max(float(np.quantile(heat, 0.98)), 1e-12)
+def _scaled(heat: np.ndarray, outcome: Outcome) -> np.ndarray:
+    """Full depth at the top 2 % of what the page does not mark anyway: chosen sentences would outshine the others."""
+    rest = np.delete(heat, outcome.sentences or []) if outcome.weights is not None else heat
+    return heat / max(float(np.quantile(rest, 0.98)) if len(rest) else 0.0, 1e-12)
 
 
 def _gradient(module: nn.Module, run: Any, *, keep_sign: bool = False) -> Tensor:

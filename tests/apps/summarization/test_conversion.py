@@ -8,7 +8,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from apps.summarization.abstractive import Document  # noqa: E402
 from apps.summarization.conversion import convert, grow_positions, load_stock  # noqa: E402
+from apps.summarization.decoding import Speed  # noqa: E402
+from apps.summarization.recipe import PredictSection  # noqa: E402
+from apps.summarization.stock import StockWriter  # noqa: E402
 from apps.summarization.transformers_attention import ATTRIBUTE, use_attention  # noqa: E402
 from core.training.errors import UserError  # noqa: E402
 
@@ -293,3 +297,34 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="is a 'bert' model; known: bart"):
         load_stock(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decoding": "beam", "beams": 3, "length_penalty": 2.0, "no_repeat_ngram": 1},
+        {"decoding": "sample", "seed": 3, "top_k": 20, "top_p": 0.9},
+    ],
+    ids=lambda options: options["decoding"],
+)
+@pytest.mark.parametrize("family", ["bart", "led"])
+def test_a_converted_checkpoint_writes_with_a_cache_as_without(family, options):
+    inner = convert(stock(family), {"variant": "window", "window": 8}, cross={"variant": "hepos", "stride": 2})
+    model, document = StockWriter(inner), Document(torch.randint(5, 60, (2, 30)))
+    before, how = torch.get_rng_state(), PredictSection.model_validate(options | {"min_tokens": 4})
+    speed = Speed()
+    first, again, plain = (model.write(document, how, 8, speed, cached=cached) for cached in (True, True, False))
+    assert [one.tokens for one in first] == [one.tokens for one in again] == [one.tokens for one in plain]
+    assert torch.equal(torch.get_rng_state(), before), "the draws of a summary touch those of training"
+    assert speed.state_bytes >= 2 * 2 * 4 * (30 + 4) * 32, "keys and values of two layers, own and across"
+
+
+def test_led_is_told_its_global_tokens():
+    marked = torch.zeros(2, 6, dtype=torch.bool)
+    marked[0, 3] = True
+    ids = torch.full((2, 6), 20)
+    ids[1, 4:] = 0
+    given = StockWriter(stock("led")).source(Document(ids, None, marked))
+    assert given["global_attention_mask"].tolist() == [[1, 0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+    assert given["attention_mask"].sum(dim=1).tolist() == [8, 6]
+    assert "global_attention_mask" not in StockWriter(stock("bart")).source(Document(ids, None, marked))
