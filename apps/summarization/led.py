@@ -76,6 +76,8 @@ class LedCross(nn.Module):
         variant, options: of `core.attention.build`.
     """
 
+    out_proj: nn.Linear
+
     def __init__(self, stock: Any, variant: str, options: dict[str, Any]):
         super().__init__()
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -92,13 +94,13 @@ class LedCross(nn.Module):
         **_: Any,
     ) -> tuple[Tensor, None, Any]:
         """[B, T, C], [B, M, C] -> ([B, T, C], no weights, the cache)."""
-        known = None if cache is None else cache.cross_attention_cache
-        if known is not None and cache.is_updated.get(self.layer):
-            k, v = known.layers[self.layer].keys, known.layers[self.layer].values
+        if cache is not None and cache.is_updated.get(self.layer):
+            known = cache.cross_attention_cache.layers[self.layer]
+            k, v = known.keys, known.values
         else:
             k, v = (self._heads(name, key_value_states) for name in ("k_proj", "v_proj"))
-            if known is not None:
-                k, v = known.update(k, v, self.layer)
+            if cache is not None:
+                k, v = cache.cross_attention_cache.update(k, v, self.layer)
                 cache.is_updated[self.layer] = True
         # All queries see the same keys: one row of the mask [B, 1, T, M] says which.
         mask = None if attention_mask is None else attention_mask[:, 0, 0] > SEEN

@@ -24,7 +24,7 @@ def batch_of(task: "SummaryTask", example: Example) -> dict[str, Any]:
     return collate_extractive([ExtractiveItems([example], task.spec, None, "alone")[0]])
 
 
-def measure(task: "SummaryTask", example: Example) -> dict[str, float | None]:
+def measure(task: "SummaryTask", example: Example) -> dict[str, Any]:
     """Summarise a document alone, its features and tokens made before.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +29,7 @@ def draw_lengths(path: Path, rows: Sequence[dict[str, float]]) -> Path:
     return path
 
 
-def draw_cost(path: Path, rows: Sequence[dict[str, float]]) -> Path:
+def draw_cost(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """Seconds and memory of the middle document of each bucket, summarised alone."""
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(7, 3.2), layout="constrained")

@@ -21,7 +21,7 @@ PLACES = 10
 """Of a document, from its beginning to its end."""
 
 
-Measure = Callable[[Example], dict[str, float | None]]
+Measure = Callable[[Example], dict[str, Any]]
 
 
 def write_results(run_dir: Path, outcomes: "Sequence[Outcome]", scorer: str, measure: Measure) -> list[Path]:
@@ -74,7 +74,7 @@ def _shown(outcome: "Outcome") -> dict[str, float]:
     return {"summary_words": len(outcome.summary.split()), **{k: round(v, 5) for k, v in outcome.scores.items()}}
 
 
-def by_length(outcomes: "Sequence[Outcome]", measure: Measure) -> list[dict[str, float | None]]:
+def by_length(outcomes: "Sequence[Outcome]", measure: Measure) -> list[dict[str, Any]]:
     """Scores in buckets of source length, shortest first, and what the middle document of each costs.
 
     That one is summarised once more, alone: see `apps.summarization.measuring.measure`.
