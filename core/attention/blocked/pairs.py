@@ -90,7 +90,7 @@ def join_sums(forward: Any, backward: Any) -> None:
         acc, width = accumulator(q.dtype), phi_named(feature_map).width(q.shape[3])
         rows = q.new_empty(q.shape[:3], dtype=acc)
         end = q.new_empty(*k.shape[:2], width, v.shape[3] + 1, dtype=acc)
-        return v.new_empty(*q.shape[:3], v.shape[3]), rows, torch.emptylike(rows), end
+        return v.new_empty(*q.shape[:3], v.shape[3]), rows, torch.empty_like(rows), end
 
     def setup(ctx, inputs, output):
         q, k, v, key_mask, decay, state, count, *ctx.options = inputs
@@ -105,7 +105,7 @@ def join_sums(forward: Any, backward: Any) -> None:
         return dq, dk, dv, None, None, ds if started else None, *([None] * (1 + len(ctx.options)))
 
     def like_inputs(d_out, d_mass, d_state, q, k, v, out, den, end, *_):
-        return *like(q, k, v), torch.emptylike(end)
+        return *like(q, k, v), torch.empty_like(end)
 
     join(forward, backward, shapes, like_inputs, setup, gradients)
 
@@ -136,7 +136,7 @@ def join_scan(forward: Any, backward: Any, kept: int = 0) -> None:
 
     def like_inputs(d_out, d_end, *tensors):
         *inputs, _, end = tensors[: len(tensors) - kept]
-        return *like(*inputs), torch.emptylike(end)
+        return *like(*inputs), torch.empty_like(end)
 
     join(forward, backward, shapes, like_inputs, setup, gradients)
 
