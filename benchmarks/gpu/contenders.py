@@ -90,10 +90,10 @@ def _recurrence(q, k, v, group, backend):
     return recurrence(q, k, v, group, backend)[0]
 
 
-def _hybrid_by_two(q, k, v):
+def _hybrid_by_two(q, k, v, causal):
     phi, scale = feature_map("elu"), q.shape[3] ** -0.5
     gate = torch.full((q.shape[1],), phi.log_gate(q.shape[3]), device=q.device)
-    return merged(q, k, v, q, k, WINDOW, phi, gate, True, None, None, scale, None, backend="triton").out
+    return merged(q, k, v, q, k, WINDOW, phi, gate, causal, None, None, scale, None, backend="triton").out
 
 
 RECURRENCES = ("vector decay", "delta", "gated delta")
@@ -108,7 +108,7 @@ def pairs(group: str, length: int) -> float:
     """Keys that a query sees exactly, in the mean."""
     if group in SPARSE:
         return build(group, Heads(1, 1, 1, 1), **SPARSE[group]).cost(1, length, causal=True).flops / (4 * length)
-    return {"softmax": length / 2, "window": WINDOW, "hybrid": WINDOW}.get(group, 0)
+    return {"softmax": length / 2, "window": WINDOW, "hybrid": WINDOW, "hybrid both": 2 * WINDOW}.get(group, 0)
 
 
 REFERENCES = {
@@ -119,6 +119,7 @@ REFERENCES = {
     "scalar decay": partial(_scan, backend="reference"),
     "window": partial(sliding_window_attention, window=WINDOW, causal=True, backend="reference"),
     "hybrid": partial(hybrid_attention, window=WINDOW, causal=True, backend="reference"),
+    "hybrid both": partial(hybrid_attention, window=WINDOW, backend="reference"),
     "softmax": partial(F.scaled_dot_product_attention, is_causal=True),
     **{name: partial(_pattern, name=name, backend="reference") for name in SPARSE},
 }
@@ -136,9 +137,12 @@ def ours() -> list[Contender]:
             add("scalar decay", _scan),
             add("window", sliding_window_attention, window=WINDOW, causal=True),
             add("hybrid", hybrid_attention, window=WINDOW, causal=True),
+            add("hybrid both", hybrid_attention, window=WINDOW),
             *(add(group, partial(_recurrence, group=group)) for group in RECURRENCES),
         ]
-    made.append(Contender("longspan triton, two kernels", "hybrid", _hybrid_by_two, "hybrid"))
+    for group, causal in (("hybrid", True), ("hybrid both", False)):
+        two = partial(_hybrid_by_two, causal=causal)
+        made.append(Contender("longspan triton, two kernels", group, two, group))
     made.append(_ours("window", sliding_window_attention, "flex", window=WINDOW, causal=True))
     return made + [_ours(name, _pattern, backend, name=name) for name in SPARSE for backend in ("flex", "torch")]
 

@@ -191,7 +191,7 @@ def sums(
     before = (None, None) if state is None else (state["sum"], state["count"])
     if rotary is None:
         attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
-        return raised(attended, level), {"sum": total, "count": _count(q, k, key_mask, before[1])} if keep else None
+        return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
     acc = accumulator(v.dtype)
     fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)
     # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
@@ -208,7 +208,7 @@ def sums(
     attended = raised(Attended(out.to(v.dtype), mass.log_mass), level)
     if not keep:
         return attended, None
-    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": _count(q, k, key_mask, before[1])}
+    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": counted(q, k, key_mask, before[1])}
 
 
 @implementation("linear", "reference", serves=("wide features",))
@@ -251,7 +251,7 @@ if kernels.PRESENT:
     implementation("linear", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
-def _count(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
+def counted(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
     """Keys summed so far, [B]."""
     if key_mask is None:
         new = torch.full((k.shape[0],), k.shape[2], dtype=accumulator(q.dtype), device=k.device)
