@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, step, window
+from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, step, window, window2d
 
 ARCHES = {80: "ampere", 90: "hopper"}
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "bool": "u8", "int32": "i32"}
@@ -66,6 +66,10 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         raw(window.window_forward, q, k, v, mask, None, 128, True, 0.1)
         raw(window.window_backward, out, mass, q, k, v, out, mass, mask, None, 128, True, 0.1)
 
+    def by_window2d():
+        raw(window2d.window2d_forward, q, k, v, mask, 64, LENGTH // 64, 8, 0.1)
+        raw(window2d.window2d_backward, out, mass, q, k, v, out, mass, mask, 64, LENGTH // 64, 8, 0.1)
+
     def by_decay():
         raw(decay.decay_forward, q, k, v, rates, None)
         raw(decay.decay_backward, wide, end, q, k, v, rates, None, end)
@@ -92,6 +96,7 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         "delta": lambda: by_delta(rates),
         "vector delta": lambda: by_delta(gates),
         "window causal": by_window,
+        "window 2-D": by_window2d,
         "hybrid causal": lambda: by_hybrid(True),
         "hybrid two-sided": lambda: by_hybrid(False),
         "hybrid causal, rotary": lambda: by_hybrid(True, turned=True),

@@ -30,6 +30,7 @@ Serves, when asked for and `prefers` says so: float32, float16 and bfloat16; `la
 import torch
 from torch import Tensor
 
+from core.attention.blocked.pairs import join
 from core.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from core.attention.kernels import INTERPRETED
 from core.attention.kernels.features import MAPS
@@ -325,16 +326,16 @@ def hybrid_backward(
         return call.backward(d_out, d_mass, d_end, out, mass, state)  # pyright: ignore[reportReturnType]
 
 
-@hybrid_forward.register_fake
-def _(q, k, v, tail_q, tail_k, turned_q, turned_k, key_mask, gate, state, feature_map, window, causal, scale, keep):
+def _shapes(
+    q, k, v, tail_q, tail_k, turned_q, turned_k, key_mask, gate, state, feature_map, window, causal, scale, keep
+):
     wide = FEATURE_MAPS[feature_map].width((k if tail_k is None else tail_k).shape[3])
     mass = q.new_empty(q.shape[:3], dtype=torch.float32)
     end = mass.new_empty(*k.shape[:2], wide, v.shape[3] + 1) if keep else mass.new_empty(0)
     return v.new_empty(*q.shape[:3], v.shape[3]), mass, end
 
 
-@hybrid_backward.register_fake
-def _(d_out, d_mass, d_end, q, k, v, tail_q, tail_k, turned_q, turned_k, key_mask, gate, state, *_):
+def _gradient_shapes(d_out, d_mass, d_end, q, k, v, tail_q, tail_k, turned_q, turned_k, key_mask, gate, state, *_):
     given = q, k, v, tail_q, tail_k, turned_q, turned_k, gate, state
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
 
@@ -355,4 +356,4 @@ def _backward(ctx, d_out, d_mass, d_end):
     return *grads, None, d_gate, d_state, None, None, None, None, None
 
 
-hybrid_forward.register_autograd(_backward, setup_context=_setup)
+join(hybrid_forward, hybrid_backward, _shapes, _gradient_shapes, _setup, _backward)

@@ -34,6 +34,7 @@ from core.attention.contract import (
     Variant,
     check_inputs,
     hide,
+    lowered,
     merge,
     repeat_heads,
     visible,
@@ -132,6 +133,7 @@ def hybrid_attention(
         ValueError: window < 1, shapes disagree, a signed map, two-sided with L != M or with a state.
     """
     heads = check_inputs(q, k, v, key_mask, slopes)
+    q, k, v = lowered(q, k, v)
     check_window(window)
     phi = positive_map(feature_map)
     if gate is None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from core.attention.kernels import delta, features, gated, gated_sweeps, hybrid, hybrid_blocks, hybrid_gradients
-from core.attention.kernels import linear, linear_sweeps, step, window
+from core.attention.kernels import linear, linear_sweeps, step, window, window2d
 
 ELEMENTS = {"q", "k", "v", "d_out", "out", "dq", "dk", "dv", "x", "a", "c", "da", "dc"}
 NUMBERS = {"scale", "least"}
@@ -35,7 +35,7 @@ def build(kernel, element, arch, blocks, constants):
         if name in given:
             signature[name] = "constexpr"
             continue
-        number = name == "least" or (name == "scale" and kernel in WINDOW + HYBRID)
+        number = name == "least" or (name == "scale" and kernel in WINDOW + WINDOW2D + HYBRID)
         pointer = kernel.params[at].name in POINTERS and not number
         kind = element if name in ELEMENTS else "u8" if name == "mask" else "fp32"
         signature[name] = "*" + kind if pointer else "fp32" if number else "i32"
@@ -53,6 +53,7 @@ POINTERS |= {"t", "y", "z", "dq_parts", "dk_parts", "d_end", "d_gate", "past", "
 LINEAR = [linear_sweeps.write, linear_sweeps.forward, linear_sweeps.query_gradient, linear_sweeps.key_gradient]
 LINEAR += [features.row_gradients, step._step]
 WINDOW = [window._forward, window._delta, window._query_gradient, window._key_gradient]
+WINDOW2D = [window2d._forward, window2d._query_gradient, window2d._key_gradient]
 GATED = [gated_sweeps.cumulate, gated_sweeps.inner, gated_sweeps.inner_gradient, gated_sweeps.write]
 GATED += [gated_sweeps.forward, gated_sweeps.query_gradient, gated_sweeps.key_gradient]
 DELTA = [delta._couple, delta._solve, delta._solve_gradient]
@@ -79,7 +80,8 @@ for width in (64, 128, 256):
     shape = {"D": width, "E": width, "DP": width, "EP": width, "BM": blocks.chunk, "BN": blocks.values}
     flags = {"CAUSAL": True, "MASK": True, "ALIBI": True, "MASS": True, "PRECISION": precision}
     dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[element]
-    for kernel in WINDOW:
+    shape |= {"QW": 8, "KW": 8}
+    for kernel in WINDOW + WINDOW2D:
         constants = {**shape, **flags, "DOT": dot}
         found.append((kernel.__name__, width, build(kernel, element, arch, blocks, constants)))
 for module, kernels in ((gated, GATED), (delta, DELTA)):
@@ -120,7 +122,7 @@ def test_every_kernel_compiles_and_fits_into_shared_memory(arch, element, size):
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout)
-    assert len(found) == 3 * 6 + 3 * 4 + 3 * 10 + 1 + 2 * 4
+    assert len(found) == 3 * 6 + 3 * 7 + 3 * 10 + 1 + 2 * 4
     for name, width, shared in found:
         assert shared <= SHARED[arch], f"{name} width {width}: {shared} bytes"
 
@@ -133,5 +135,5 @@ def test_nothing_spills_where_it_runs_by_default():
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len({one["operator"] for one in found}) == 13
+    assert len({one["operator"] for one in found}) == 14
     assert not [(one["operator"], one["kernel"], one["spilled"]) for one in found if one["spilled"]]
