@@ -46,11 +46,13 @@ BLOCKS = {
     ("hopper", 64, 2): Blocks(64, 64, 4, 2),
     ("hopper", 128, 2): Blocks(64, 64, 8, 2),
     ("hopper", 256, 2): Blocks(32, 32, 8, 1),
+    ("hopper", "taylor", 2): Blocks(64, 64, 8, 2),
     ("ampere", 64, 2): Blocks(64, 64, 4, 2),
     ("ampere", 128, 2): Blocks(64, 32, 8, 1),
 }
-"""Rows of a program, keys it meets at once, warps and stages by (class of device, widest padded width, bytes per
-element). Chosen by the registers and shared memory that ptxas reports (docs/kernels.md); not yet timed on a GPU."""
+"""Rows of a program, keys it meets at once, warps and stages by (class of device, widest padded width, or "taylor" up
+to 128, bytes per element). Chosen by the registers and shared memory that ptxas reports (docs/kernels.md); not yet
+timed on a GPU."""
 
 ROWS = {
     None: Blocks(16, 16, 4, 1),
@@ -58,6 +60,7 @@ ROWS = {
     ("hopper", 64, 2): Blocks(64, 64, 8, 2),
     ("hopper", 128, 2): Blocks(64, 32, 8, 2),
     ("hopper", 256, 2): Blocks(32, 32, 8, 1),
+    ("hopper", "taylor", 2): Blocks(64, 32, 8, 2),
     ("ampere", 64, 2): Blocks(64, 32, 8, 1),
     ("ampere", 128, 2): Blocks(32, 32, 8, 1),
 }
@@ -69,6 +72,7 @@ KEYS = {
     ("hopper", 64, 2): Blocks(64, 32, 8, 2),
     ("hopper", 128, 2): Blocks(32, 32, 8, 2),
     ("hopper", 256, 2): Blocks(32, 16, 8, 1),
+    ("hopper", "taylor", 2): Blocks(64, 32, 8, 2),
     ("ampere", 64, 2): Blocks(32, 32, 8, 1),
     ("ampere", 128, 2): Blocks(32, 16, 8, 1),
 }
@@ -116,11 +120,12 @@ class _Call:
         )
         widths = padded(q.shape[3]), padded(self.features), padded(self.values)
         operand = padded(width) if name == "taylor" else widths[1]
-        key = q.device, max(64, widths[0], widths[2], operand), q.element_size()
+        widest = max(64, widths[0], widths[2], operand)
+        key = q.device, "taylor" if name == "taylor" and widest <= 128 else widest, q.element_size()
         self.blocks, self.row_blocks, self.key_blocks = (choose(table, *key) for table in (BLOCKS, ROWS, KEYS))
         self.size = segment(self.features, self.values)
         self.parts, self.row_parts = (max(1, -(-n // self.size)) for n in (self.held, self.rows))
-        self.column = min(64, widths[1], widths[2])  # of a state at once
+        self.column = min(32 if name == "taylor" else 64, widths[1], widths[2])  # of a state at once
         self.summed = {"G": width, "F": self.features, "E": self.values, "MAP": name, "TURN": turn, **products(q, k, v)}
         self.whole = {
             **self.summed, "D": q.shape[3], "DP": widths[0], "XP": operand, "FP": widths[1], "EP": widths[2],
@@ -159,7 +164,7 @@ class _Call:
         made = self.empty(self.batch, heads, parts, self.features * (self.values + 1))
         # Many features take the columns of a state 32 at a time, and 32 positions; others all columns at once.
         many, narrow = self.whole["FP"] > 128, self.q.element_size() > 2
-        column = min(32, self.column) if many else self.column if narrow else min(128, self.whole["EP"])
+        column = self.column if many or narrow else min(128, self.whole["EP"])
         tiles = -(-self.values // column)
         write[(tiles * parts * self.batch * heads,)](
             a, x, v, self.mask, self.gate, mass, delta, made, *a.stride()[:3], *x.stride()[:3], *v.stride()[:3],
