@@ -45,21 +45,19 @@ BLOCKS = {
     "interpreter": Blocks(16, 16, 4, 1),
     ("hopper", 64, 2): Blocks(64, 64, 4, 2),
     ("hopper", 128, 2): Blocks(64, 64, 8, 2),
-    ("hopper", 256, 2): Blocks(32, 32, 8, 1),
     ("hopper", "taylor", 2): Blocks(64, 64, 8, 2),
     ("ampere", 64, 2): Blocks(64, 64, 4, 2),
     ("ampere", 128, 2): Blocks(64, 32, 8, 1),
 }
-"""Rows of a program, keys it meets at once, warps and stages by (class of device, widest padded width, or "taylor" up
-to 128, bytes per element). Chosen by the registers and shared memory that ptxas reports (docs/kernels.md); not yet
-timed on a GPU."""
+"""Rows of a program, keys it meets at once, warps and stages by (class of device, widest padded width or "taylor",
+bytes per element). Chosen by the registers and shared memory that ptxas reports (docs/kernels.md); not yet timed on a
+GPU."""
 
 ROWS = {
     None: Blocks(16, 16, 4, 1),
     "interpreter": Blocks(16, 16, 4, 1),
     ("hopper", 64, 2): Blocks(64, 64, 8, 2),
     ("hopper", 128, 2): Blocks(64, 32, 8, 2),
-    ("hopper", 256, 2): Blocks(32, 32, 8, 1),
     ("hopper", "taylor", 2): Blocks(64, 32, 8, 2),
     ("ampere", 64, 2): Blocks(64, 32, 8, 1),
     ("ampere", 128, 2): Blocks(32, 32, 8, 1),
@@ -71,12 +69,14 @@ KEYS = {
     "interpreter": Blocks(16, 16, 4, 1),
     ("hopper", 64, 2): Blocks(64, 32, 8, 2),
     ("hopper", 128, 2): Blocks(32, 32, 8, 2),
-    ("hopper", 256, 2): Blocks(32, 16, 8, 1),
     ("hopper", "taylor", 2): Blocks(64, 32, 8, 2),
     ("ampere", 64, 2): Blocks(32, 32, 8, 1),
     ("ampere", 128, 2): Blocks(32, 16, 8, 1),
 }
 """For the gradient at the keys: keys of a program, rows it meets at once, and so on."""
+
+WIDEST = 128
+"""Largest width that one kernel takes."""
 
 
 def segment(features: int, values: int) -> int:
@@ -86,18 +86,19 @@ def segment(features: int, values: int) -> int:
     return 256 if features * values <= 64 * 64 else 512
 
 
-def prefers(phi, widest: int, element_bytes: int, *, decays: bool) -> bool:
+def prefers(phi, widest: int, *, decays: bool) -> bool:
     """Whether one kernel runs rather than two and a merge. By bytes and registers; not timed (2026-11-25).
 
-    One kernel moves fewer bytes than two in every shape, so two run only where one cannot: with ALiBi (`decays`), whose
-    states would be per query head; for maps with a floor, whose tail is a mean of its own; and where a block of rows
-    and the accumulators of its gradients do not fit into the registers.
+    One kernel moves fewer bytes than two at every length, so two run only where one cannot: with ALiBi (`decays`),
+    whose states would be per query head; for maps with a floor, whose tail is a mean of its own; and for heads so wide
+    that the accumulators of their gradients spill out of the registers (112 to 208 bytes a thread at 256).
 
     Args:
-        phi: what the sums see of the tail's map.   widest: the largest of D, F and E.   element_bytes: of q, k and v.
+        phi: what the sums see of the tail's map.   widest: the largest of D, F and E, but for Taylor
+            features, which are taken some at a time, of D and E.
     """
     known = isinstance(phi, FeatureMap) and phi.name in MAPS and phi.positive and phi.floor == 0
-    return known and not decays and widest <= (256 if element_bytes == 2 else 128)
+    return known and not decays and widest <= WIDEST
 
 
 class _Call:
@@ -121,7 +122,7 @@ class _Call:
         widths = padded(q.shape[3]), padded(self.features), padded(self.values)
         operand = padded(width) if name == "taylor" else widths[1]
         widest = max(64, widths[0], widths[2], operand)
-        key = q.device, "taylor" if name == "taylor" and widest <= 128 else widest, q.element_size()
+        key = q.device, "taylor" if name == "taylor" else widest, q.element_size()
         self.blocks, self.row_blocks, self.key_blocks = (choose(table, *key) for table in (BLOCKS, ROWS, KEYS))
         self.size = segment(self.features, self.values)
         self.parts, self.row_parts = (max(1, -(-n // self.size)) for n in (self.held, self.rows))

@@ -210,9 +210,9 @@ def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes
 def _by_one_kernel(q: Tensor, v: Tensor, tail_q: Tensor, phi, slopes: Tensor | None) -> bool:
     from core.attention.kernels.hybrid import prefers
 
-    widest = max(q.shape[3], phi.width(tail_q.shape[3]), v.shape[3])
+    tail = tail_q.shape[3] if phi.name == "taylor" else phi.width(tail_q.shape[3])
     phi = phi.given if isinstance(phi, LearnedMap) else phi
-    return prefers(phi, widest, q.element_size(), decays=slopes is not None)
+    return prefers(phi, max(q.shape[3], tail, v.shape[3]), decays=slopes is not None)
 
 
 def _fused(

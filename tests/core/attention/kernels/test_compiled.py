@@ -95,7 +95,7 @@ for module, kernels in ((gated, GATED), (delta, DELTA)):
 constants = {"D": 64, "F": 64, "E": 64, "FP": 64, "BE": 32, "MAP": "identity", "DECAY": "vector", "ONES": False}
 constants |= {"MASK": False, "COUNT": False, "NORMALIZE": False, "DELTA": True}
 found.append(("delta step", 64, build(step._step, element, arch, step_blocks, constants)))
-for width in (64, 512 // size):
+for width in (64, hybrid.WIDEST):
     key = names[arch], width, size
     constants = dict.fromkeys(("D", "G", "F", "E", "DP", "XP", "FP", "EP"), width)
     constants |= {"BT": 64, "MAP": "elu", "MASK": True, "STATE": True, "SAME": False, "CAUSAL": False, "TURN": True}
@@ -134,6 +134,7 @@ SPILLED = {
     ("linear past, taylor 16", "key_gradient"): 1632,
     ("decay", "query_gradient"): 16,
     ("decay", "key_gradient"): 32,
+    ("hybrid two-sided", "key_gradient"): 16,
 }
 """Bytes per thread that are known not to fit into registers at width 64; docs/kernels.md names them as open."""
 
@@ -147,5 +148,5 @@ def test_nothing_else_spills_where_it_runs_by_default():
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len({one["operator"] for one in found}) == 14
-    places = {(one["operator"], one["kernel"]): one["spilled"] for one in found if one["spilled"]}
-    assert not {place: spilled for place, spilled in places.items() if spilled > SPILLED.get(place, 0)}
+    places = [(one["operator"], one["kernel"], one["spilled"]) for one in found]
+    assert not [(name, kernel, more) for name, kernel, more in places if more > SPILLED.get((name, kernel), 0)]
