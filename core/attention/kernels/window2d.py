@@ -184,10 +184,10 @@ class _Call(Call):
             -(-self.sizes[2] // block) + -(-rows // (block // across)) * -(-columns // across)
             for block, across in ((row_block, given["QW"]), (key_block, given["KW"]))
         )
-        self.row_grid, self.key_grid = (
-            (self.by_rows * self.batch * heads,),
-            (self.by_keys * self.batch * heads // group,),
-        )
+        self.row_grid = (self.by_rows * self.batch * heads,)
+        self.key_grid = (self.by_keys * self.batch * self.key_heads,)
+        # With the geometry, the sums of two gradients do not fit into the registers of four warps at width 64.
+        self.back = {**self.options, "num_warps": max(8, self.blocks.warps)}
 
 
 @torch.library.custom_op("longspan::window2d_kernel_forward", mutates_args=())
@@ -239,7 +239,7 @@ def window2d_backward(
         shared = call.q, call.k, call.v, d_out, mass, delta, call.mask
         sizes = *call.strides, *d_out.stride()[:3], call.mask_stride, *call.sizes
         _query_gradient[call.row_grid](*shared, dq, *sizes, call.by_rows, **call.options)
-        _key_gradient[call.key_grid](*shared, dk, dv, *sizes, call.by_keys, **call.options)
+        _key_gradient[call.key_grid](*shared, dk, dv, *sizes, call.by_keys, **call.back)
     return dq, dk, dv
 
 
