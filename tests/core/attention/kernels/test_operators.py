@@ -21,14 +21,12 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def operators():
-    """name -> operator, of the blocked forms and of the kernels."""
-    found = {}
-    for package in (blocked, kernels):
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            for x in vars(importlib.import_module(module.name)).values():
-                if isinstance(x, torch.library.CustomOpDef):
-                    found[x._qualname.removeprefix("longspan::")] = x
-    return found
+    """name -> operator, of the blocked forms, of the kernels and of the random features."""
+    packages = (blocked, kernels)
+    names = [m.name for p in packages for m in pkgutil.iter_modules(p.__path__, p.__name__ + ".")]
+    modules = (importlib.import_module(name) for name in (*names, "core.attention.random_features"))
+    every = (x for module in modules for x in vars(module).values() if isinstance(x, torch.library.CustomOpDef))
+    return {x._qualname.removeprefix("longspan::"): x for x in every}
 
 
 def given(device):
@@ -62,6 +60,7 @@ def given(device):
         "memory_forward": (*grouped, made(1, 1, 1, 4, 4), 4, True, True),
         "tiles_near": (a, c, values, None, 3, 4, 2, 0.5),
         "tiles_outside": (a, c, values, 3, 4, 2),
+        "favor_redraw": (made(1, 4, 4, grad=False), torch.tensor([0, 0, 0], device=device), 2),
         "linear_kernel_forward": (q, k, v, *past),
         "window_kernel_forward": (q, k, v, mask, slopes, 3, True, 0.5),
         "window2d_kernel_forward": (q, k, v, mask, 2, 4, 2, 0.5),
