@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 
-def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+def lowered(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in autocast's dtype where it is on; float64 stays as it is."""
-    kind = tensors[0].device.type
+    kind = q.device.type
     if not torch.is_autocast_enabled(kind):
-        return tensors
+        return q, k, v
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v

@@ -118,8 +118,7 @@ def linear_attention(
     if two_sided and q.shape[2] != k.shape[2]:
         raise ValueError(f"two-sided decay needs as many queries as keys, got L={q.shape[2]}, M={k.shape[2]}")
     options = {"key_mask": key_mask, "slopes": slopes, "normalize": normalize, "backend": backend}
-    q, k, v = lowered(q, k, v)
-    attended, new = attend(q, k, v, phi, causal=causal, state=state, keep=return_state, **options)
+    attended, new = attend(*lowered(q, k, v), phi, causal=causal, state=state, keep=return_state, **options)
     result = attended if return_mass else attended.out
     return (result, new) if return_state and new is not None else result
 

@@ -78,8 +78,7 @@ def sliding_window_attention(
         ValueError: window < 1, shapes disagree, or two-sided with L != M, where no key is "nearest".
     """
     options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": backend}
-    q, k, v = lowered(q, k, v)
-    attended = attend(q, k, v, window, **options)
+    attended = attend(*lowered(q, k, v), window, **options)
     return attended if return_mass else attended.out
 
 
