@@ -46,22 +46,37 @@ BLOCKS = {
     ("hopper", 64, 2): Blocks(64, 64, 4, 2),
     ("hopper", 128, 2): Blocks(64, 64, 8, 2),
     ("hopper", 256, 2): Blocks(32, 32, 8, 1),
+    ("hopper", "taylor", 2): Blocks(64, 64, 8, 2),
     ("ampere", 64, 2): Blocks(64, 64, 4, 2),
     ("ampere", 128, 2): Blocks(64, 32, 8, 1),
 }
-"""Rows of a program, keys it meets at once, warps and stages by (class of device, widest padded width, bytes per
-element). Chosen by the registers and shared memory that ptxas reports (docs/kernels.md); not yet timed on a GPU."""
+"""Rows of a program, keys it meets at once, warps and stages by (class of device, widest padded width, or "taylor" up
+to 128, bytes per element). Chosen by the registers and shared memory that ptxas reports (docs/kernels.md); not yet
+timed on a GPU."""
 
-GRADIENTS = {
+ROWS = {
     None: Blocks(16, 16, 4, 1),
     "interpreter": Blocks(16, 16, 4, 1),
     ("hopper", 64, 2): Blocks(64, 64, 8, 2),
-    ("hopper", 128, 2): Blocks(64, 64, 8, 1),
+    ("hopper", 128, 2): Blocks(64, 32, 8, 2),
     ("hopper", 256, 2): Blocks(32, 32, 8, 1),
-    ("ampere", 64, 2): Blocks(64, 64, 8, 1),
+    ("hopper", "taylor", 2): Blocks(64, 32, 8, 2),
+    ("ampere", 64, 2): Blocks(64, 32, 8, 1),
     ("ampere", 128, 2): Blocks(32, 32, 8, 1),
 }
-"""The same for the backward: rows, or keys, of a program, and what it meets of the other at once."""
+"""The same for the gradient at the queries."""
+
+KEYS = {
+    None: Blocks(16, 16, 4, 1),
+    "interpreter": Blocks(16, 16, 4, 1),
+    ("hopper", 64, 2): Blocks(64, 32, 8, 2),
+    ("hopper", 128, 2): Blocks(32, 32, 8, 2),
+    ("hopper", 256, 2): Blocks(32, 16, 8, 1),
+    ("hopper", "taylor", 2): Blocks(64, 32, 8, 2),
+    ("ampere", 64, 2): Blocks(32, 32, 8, 1),
+    ("ampere", 128, 2): Blocks(32, 16, 8, 1),
+}
+"""For the gradient at the keys: keys of a program, rows it meets at once, and so on."""
 
 
 def segment(features: int, values: int) -> int:
@@ -105,11 +120,12 @@ class _Call:
         )
         widths = padded(q.shape[3]), padded(self.features), padded(self.values)
         operand = padded(width) if name == "taylor" else widths[1]
-        key = q.device, max(64, widths[0], widths[2], operand), q.element_size()
-        self.blocks, self.back = choose(BLOCKS, *key), choose(GRADIENTS, *key)
+        widest = max(64, widths[0], widths[2], operand)
+        key = q.device, "taylor" if name == "taylor" and widest <= 128 else widest, q.element_size()
+        self.blocks, self.row_blocks, self.key_blocks = (choose(table, *key) for table in (BLOCKS, ROWS, KEYS))
         self.size = segment(self.features, self.values)
         self.parts, self.row_parts = (max(1, -(-n // self.size)) for n in (self.held, self.rows))
-        self.column = min(64, widths[1], widths[2])  # of a state at once
+        self.column = min(32 if name == "taylor" else 64, widths[1], widths[2])  # of a state at once
         self.summed = {"G": width, "F": self.features, "E": self.values, "MAP": name, "TURN": turn, **products(q, k, v)}
         self.whole = {
             **self.summed, "D": q.shape[3], "DP": widths[0], "XP": operand, "FP": widths[1], "EP": widths[2],
@@ -146,14 +162,16 @@ class _Call:
             (v, mass, delta), a, x = rows, self.a, self.x
             heads, number, parts = self.heads, self.rows, self.row_parts
         made = self.empty(self.batch, heads, parts, self.features * (self.values + 1))
-        wide = self.whole["FP"] * self.whole["EP"] > 128 * 128 or self.q.element_size() > 2
-        column = self.column if wide else self.whole["EP"]
+        # Many features take the columns of a state 32 at a time, and 32 positions; others all columns at once.
+        many, narrow = self.whole["FP"] > 128, self.q.element_size() > 2
+        column = self.column if many or narrow else min(128, self.whole["EP"])
         tiles = -(-self.values // column)
         write[(tiles * parts * self.batch * heads,)](
             a, x, v, self.mask, self.gate, mass, delta, made, *a.stride()[:3], *x.stride()[:3], *v.stride()[:3],
             *self.gate.stride(), self.mask_stride, heads, number, parts, self.size, tiles, FP=self.whole["FP"],
-            BT=column, BN=self.blocks.values, MASK=self.whole["MASK"], ROWS=rows is not None, **self.summed,
-            num_warps=self.blocks.warps, num_stages=self.blocks.stages,
+            BT=column, BN=min(32, self.blocks.values) if many else self.blocks.values, MASK=self.whole["MASK"],
+            ROWS=rows is not None, **self.summed, num_warps=8 if many else self.blocks.warps,
+            num_stages=self.blocks.stages,
         )  # fmt: skip
         return made
 
@@ -211,7 +229,7 @@ class _Call:
         dx, dy, d_gate = like(self.x, turn), like(self.y, turn), self.empty(*mass.shape)
         shared = *self.tensors, d_out, mass, delta, self.mask, self.gate
         strides = *self.strides, *d_out.stride()[:3]
-        grid, options = self.by_rows(self.back)
+        grid, options = self.by_rows(self.row_blocks)
         query_gradient[grid](
             *shared, mass if past is None else past, mass if future is None else future, dq, da, dx, d_gate,
             *strides, *self.sizes, STATE=past is not None, SAME=self.same, **options,
@@ -228,7 +246,7 @@ class _Call:
             before = None if self.causal else self.borders(sums, None, False, keep=True)[0]
             after, first = self.borders(sums, last, True, keep=False)
             d_state = self.square(first.unflatten(1, (self.key_heads, self.group)).sum(2))
-        grid, options = self.by_keys(self.back)
+        grid, options = self.by_keys(self.key_blocks)
         key_gradient[grid](
             *shared, mass if after is None else after, mass if before is None else before, dk, dv, dc, dy,
             *strides, *self.sizes, STATE=after is not None, SAME=self.same, **options,

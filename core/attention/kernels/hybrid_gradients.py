@@ -201,21 +201,20 @@ def _scatter(
         far = far_factor(gate, at * gl, tl.load(mass + at, mask=row, other=float("-inf")), row)
         offset = tl.load(delta + at, mask=row, other=0.0)
         do, ask = tile(d_out, at * ol, row, e, E), pair_operand(a, at * al, row, p, G, F, MAP)
-        # Keys by rows, the transpose of the other kernels, so that both products below read it as it is.
-        seen = ((i[None, :] + shift - n[:, None]) * SIDE >= W) & row[None, :] & key[:, None]
-        w, slope = weights(put, ask, G, MAP, DOT, PRECISION)
-        dw = tl.where(seen, product(value, tl.trans(do), DOT, PRECISION) * far[None, :], 0.0)
+        seen = ((i[:, None] + shift - n[None, :]) * SIDE >= W) & row[:, None] & key[None, :]
+        w, slope = weights(ask, put, G, MAP, DOT, PRECISION)
+        dw = tl.where(seen, product(do, tl.trans(value), DOT, PRECISION) * far[:, None], 0.0)
         if TURN:
             ahead = features(x, at * xl, row, f, F, F, "given")
-            w = product(turned, tl.trans(ahead), DOT, PRECISION)
-            dt += product(dw, ahead, DOT, PRECISION)
+            w = product(ahead, tl.trans(turned), DOT, PRECISION)
+            dt += product(tl.trans(dw), ahead, DOT, PRECISION)
             dw = tl.zeros_like(dw)
-        dw -= tl.where(seen, (far * offset)[None, :], 0.0)
-        dv += product(tl.where(seen, w * far[None, :], 0.0), do, DOT, PRECISION)
+        dw -= tl.where(seen, (far * offset)[:, None], 0.0)
+        dv += product(tl.trans(tl.where(seen, w * far[:, None], 0.0)), do, DOT, PRECISION)
         if MAP == "taylor":
-            d += product(dw * slope, ask, DOT, PRECISION)
+            d += product(tl.trans(dw * slope), ask, DOT, PRECISION)
         else:
-            d += product(dw, ask, DOT, PRECISION)
+            d += product(tl.trans(dw), ask, DOT, PRECISION)
     return d, dt, dv
 
 
@@ -299,12 +298,11 @@ def key_gradient(
             do = tile(d_out + b * ob + h * oh, at * ol, row, e, E)
             level, offset = tl.load(mass + place, mask=row, other=0.0), tl.load(delta + place, mask=row, other=0.0)
             level = tl.where(level == float("-inf"), 0.0, level * LOG2E)
-            # Keys by rows: both count from the end, so that a distance keeps its sign.
-            s = scores(keys, near, -j, -(i + shift), key, row, W, scale, 0.0, CAUSAL, False, NEAR, PRECISION)
-            w = tl.exp2(s - level[None, :])
-            d_value += product(w, do, NEAR, PRECISION)
-            dw = product(value, tl.trans(do), NEAR, PRECISION)
-            acc += product(w * (dw - offset[None, :]) * scale, near, NEAR, PRECISION)
+            s = scores(near, keys, i + shift, j, row, key, W, scale, 0.0, CAUSAL, False, NEAR, PRECISION)
+            w = tl.exp2(s - level[:, None])
+            d_value += product(tl.trans(w), do, NEAR, PRECISION)
+            dw = product(do, tl.trans(value), NEAR, PRECISION)
+            acc += product(tl.trans(w * (dw - offset[:, None]) * scale), near, NEAR, PRECISION)
     place = bk.to(tl.int64) * M + to
     spot = dk + place[:, None] * D + d[None, :]
     tl.store(spot, acc.to(dk.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])

@@ -11,7 +11,7 @@ from core.attention.variants import hybrid
 
 # batch, heads, key heads, queries, keys, width, width of the tail or None, values, window, map
 SHAPES = {
-    "grouped": (2, 2, 1, 37, 37, 6, None, 5, 7, "elu"),
+    "grouped": (1, 2, 1, 37, 37, 6, None, 5, 7, "elu"),
     "segments": (1, 1, 1, 100, 100, 5, None, 18, 20, "elu"),
     "own tail": (1, 2, 1, 40, 40, 17, 6, 5, 3, "elu"),
     "taylor": (1, 2, 1, 70, 70, 8, 3, 5, 6, "taylor"),
