@@ -55,13 +55,13 @@ def scatter(scale: Scale, one: Contender, width: int, times: int = 3) -> str:
     return ""
 
 
-def step_faults(scale: Scale, heads: int, width: int) -> dict[str, str]:
+def step_faults(scale: Scale, heads: int, width: int, only: str = "") -> dict[str, str]:
     """Decoding steps after a context against the float64 sweep over all of it."""
     after = scale.contexts[0]
     q, k, v = (x.double() for x in inputs(scale, heads, after, width, tokens=after))
     found = {}
     with torch.no_grad():
-        for group, run in steps(scale, heads, width, after, 1).items():
+        for group, run in steps(scale, heads, width, after, 1, only).items():
             if group == "softmax sdpa":
                 continue
             again = [torch.cat((x, x[:, :, -1:]), 2) for x in (q, k, v)]

@@ -116,10 +116,8 @@ def pairs(group: str, length: int) -> float:
     """Keys that a query sees exactly, in the mean."""
     if group in SPARSE:
         return build(group, Heads(1, 1, 1, 1), **SPARSE[group]).cost(1, length, causal=True).flops / (4 * length)
-    near = (2 * SIDE - 1) ** 2
-    return {"softmax": length / 2, "window": WINDOW, "window2d": near, "hybrid": WINDOW, "hybrid both": 2 * WINDOW}.get(
-        group, 0
-    )
+    exact = {"softmax": length / 2, "window": WINDOW, "window2d": (2 * SIDE - 1) ** 2}
+    return (exact | {"hybrid": WINDOW, "hybrid both": 2 * WINDOW}).get(group, 0)
 
 
 REFERENCES = {

@@ -103,27 +103,32 @@ def _memory(scale: Scale, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def steps(scale: Scale, heads: int, width: int, after: int, batch: int) -> dict[str, Callable]:
-    """One decoding step of each mechanism after a context; softmax over a cache where it fits into memory."""
+def steps(scale: Scale, heads: int, width: int, after: int, batch: int, only: str = "") -> dict[str, Callable]:
+    """One decoding step of each mechanism after a context; softmax over a cache where it fits into memory.
+
+    only: as in the command, what has to stand in the name.
+    """
     q, k, v = inputs(scale, heads, after, width, tokens=after)
     token = [x[:, :, -1:].expand(batch, -1, -1, -1).contiguous() for x in (q, k, v)]
     found: dict[str, Callable] = {}
-    _, state = linear_attention(q, k, v, causal=True, return_state=True, backend="triton")
-    state = {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}
-    found["linear"] = lambda: linear_attention(*token, causal=True, state=state, return_state=True, backend="triton")
-    for group in RECURRENCES:
+    if only in "linear":
+        options = {"causal": True, "return_state": True, "backend": "triton"}
+        sums = linear_attention(q, k, v, **options)[1]
+        state = {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in sums.items()}
+        found["linear"] = lambda: linear_attention(*token, state=state, **options)
+    for group in (group for group in RECURRENCES if only in group):
         run = partial(recurrence, group=group, backend="triton")
         memory = run(q, k, v)[1].expand(batch, -1, -1, -1).contiguous()
         found[group] = partial(run, *token, state=memory)
-    if batch <= scale.cached:
+    if batch <= scale.cached and only in "softmax sdpa":
         cache = [x.expand(batch, -1, -1, -1).contiguous() for x in (k, v)]
         found["softmax sdpa"] = lambda: F.scaled_dot_product_attention(token[0], *cache)
     return found
 
 
-def decoding(scale: Scale, heads: int, width: int, after: int, batch: int) -> list[dict]:
+def decoding(scale: Scale, heads: int, width: int, after: int, batch: int, only: str) -> list[dict]:
     """Milliseconds per step, and tokens per second."""
     shape = {"after": after, "batch": batch, "heads": heads, "width": width}
     with torch.no_grad():
-        times = {group: timed(run, scale) for group, run in steps(scale, heads, width, after, batch).items()}
+        times = {group: timed(run, scale) for group, run in steps(scale, heads, width, after, batch, only).items()}
     return [{"group": group, **shape, "step_ms": ms, "tokens_per_s": 1e3 * batch / ms} for group, ms in times.items()]

@@ -17,6 +17,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from core.attention.autocast import lowered
+
 
 class Attended(NamedTuple):
     """A weighted mean of values and the log of the weights' sum.
@@ -300,15 +302,6 @@ class Variant(nn.Module):
 def state_bytes(state: State) -> int:
     """Bytes that a decoding state occupies."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
-def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v as autocast gives them to torch's own attention: narrowed where it is on, float64 left as it is."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

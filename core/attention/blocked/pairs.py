@@ -3,8 +3,8 @@
 The same for the blocked forms and the kernels of one operation. Operators whose outputs or gradients are their own kind
 say so in their own files, and are registered by `join`, or by `alone` where nothing flows back.
 
-Autocast does not reach an operator: the entrances (`contract.lowered`) have narrowed q, k and v once, and what comes
-wide after that is wide on purpose, features and gates. A second derivative and torch.vmap are one clear error each.
+Autocast does not reach an operator: `core.attention.autocast` has narrowed q, k and v at the entrance, and what comes
+wide after that is wide on purpose. A second derivative and torch.vmap are one clear error each.
 """
 
 from collections.abc import Callable

@@ -175,19 +175,20 @@ class _Call(Call):
 
     def __init__(self, q, k, v, key_mask, rows: int, columns: int, window: int, scale: float):
         super().__init__(q, k, v, key_mask, None, min(window, max(rows, columns)), False, scale)
-        heads, group, length, _, window, scale = self.sizes
-        self.sizes = heads, group, length - rows * columns, rows, columns, window, scale
+        window, scale = self.sizes[-2:]
+        first = self.keys - rows * columns
+        self.places = self.heads, self.heads // self.key_heads, first, rows, columns, window, scale
         row_block, key_block = self.blocks.chunk, self.blocks.values
         given = {"QW": wide(row_block, rows, columns), "KW": wide(key_block, rows, columns)}
         self.options = {name: x for name, x in self.options.items() if name not in ("CAUSAL", "ALIBI")} | given
         self.by_rows, self.by_keys = (
-            -(-self.sizes[2] // block) + -(-rows // (block // across)) * -(-columns // across)
+            -(-first // block) + -(-rows // (block // across)) * -(-columns // across)
             for block, across in ((row_block, given["QW"]), (key_block, given["KW"]))
         )
-        self.row_grid, self.key_grid = (
-            (self.by_rows * self.batch * heads,),
-            (self.by_keys * self.batch * heads // group,),
-        )
+        self.row_grid = (self.by_rows * self.batch * self.heads,)
+        self.key_grid = (self.by_keys * self.batch * self.key_heads,)
+        # With the geometry, the sums of two gradients do not fit into the registers of four warps at width 64.
+        self.back = {**self.options, "num_warps": max(8, self.blocks.warps)}
 
 
 @torch.library.custom_op("longspan::window2d_kernel_forward", mutates_args=())
@@ -206,7 +207,7 @@ def window2d_forward(
     mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on(q.device):
         _forward[call.row_grid](
-            call.q, call.k, call.v, call.mask, out, mass, *call.strides, call.mask_stride, *call.sizes, call.by_rows,
+            call.q, call.k, call.v, call.mask, out, mass, *call.strides, call.mask_stride, *call.places, call.by_rows,
             **call.options,
         )  # fmt: skip
     return out, mass
@@ -237,9 +238,9 @@ def window2d_backward(
     with on(q.device):
         delta = delta_of(d_out, out, d_mass)
         shared = call.q, call.k, call.v, d_out, mass, delta, call.mask
-        sizes = *call.strides, *d_out.stride()[:3], call.mask_stride, *call.sizes
+        sizes = *call.strides, *d_out.stride()[:3], call.mask_stride, *call.places
         _query_gradient[call.row_grid](*shared, dq, *sizes, call.by_rows, **call.options)
-        _key_gradient[call.key_grid](*shared, dk, dv, *sizes, call.by_keys, **call.options)
+        _key_gradient[call.key_grid](*shared, dk, dv, *sizes, call.by_keys, **call.back)
     return dq, dk, dv
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from core.attention import kernels
+from core.attention.autocast import lowered
 from core.attention.backends import implementation, resolve
 from core.attention.contract import (
     NO_INPUTS,
@@ -34,7 +35,6 @@ from core.attention.contract import (
     Variant,
     check_inputs,
     hide,
-    lowered,
     merge,
     repeat_heads,
     visible,

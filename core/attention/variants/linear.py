@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from core.attention import kernels
+from core.attention.autocast import lowered
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.linear import CHUNK, least_denominator, linear_forward
 from core.attention.contract import (
@@ -33,7 +34,6 @@ from core.attention.contract import (
     accumulator,
     check_inputs,
     hide,
-    lowered,
     merge,
     repeat_heads,
 )

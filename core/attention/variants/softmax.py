@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.attention.autocast import lowered
 from core.attention.backends import implementation, resolve
 from core.attention.blocked.softmax import softmax_forward
 from core.attention.contract import (
@@ -23,7 +24,6 @@ from core.attention.contract import (
     Variant,
     check_inputs,
     hide,
-    lowered,
     repeat_heads,
     visible,
 )

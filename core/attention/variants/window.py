@@ -15,6 +15,7 @@ Where we differ:
 from torch import Tensor
 
 from core.attention import kernels
+from core.attention.autocast import lowered
 from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked.window import window_forward
 from core.attention.contract import (
@@ -27,7 +28,6 @@ from core.attention.contract import (
     check_inputs,
     check_whole,
     hide,
-    lowered,
     near,
     repeat_heads,
     visible,

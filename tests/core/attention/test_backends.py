@@ -74,3 +74,14 @@ def test_every_backend_of_softmax_gives_the_same(causal, masked, sizes):
     want = softmax_attention(q, k, v, backend="reference", **options)
     torch.testing.assert_close(softmax_attention(q, k, v, backend="torch", **options), want)
     torch.testing.assert_close(softmax_attention(q, k, v, **options), want)
+
+
+def test_a_confirmed_backend_leads_on_cuda_alone(monkeypatch):
+    """One line turns `auto` on for a kernel that a GPU has confirmed; what it cannot serve goes on to the next."""
+    from core.attention import backends, explain_backend
+
+    monkeypatch.setitem(backends.CONFIRMED, "window", "flex")
+    assert "flex: serves  <- runs" in explain_backend("window", device="cuda")
+    assert "torch: serves  <- runs" in explain_backend("window", device="cuda", dtype=torch.float64)
+    assert "torch: serves  <- runs" in explain_backend("window", device="cpu")
+    assert "torch: serves  <- runs" in explain_backend("linear", device="cuda")

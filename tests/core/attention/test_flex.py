@@ -40,7 +40,7 @@ def unfused(monkeypatch):
     monkeypatch.setattr(flex, "_kernel", lambda: torchs.flex_attention)
     monkeypatch.setattr(torchs, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(torchs, "_validate_device", lambda *_: None)
-    for mechanism, _ in VARIANTS:
+    for mechanism in (*(name for name, _ in VARIANTS), "window2d"):
         variant_class(mechanism)  # its file enters its implementations
         row = backends._table[mechanism]
         monkeypatch.setitem(row, "flex", row["flex"]._replace(devices=None, dtypes=None, widths=None))
@@ -75,6 +75,19 @@ def test_equals_the_definition_with_gradients(name, options, causal, unfused):
         assert not masked or (want[1] == -torch.inf).any()
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(b, a.to(b.dtype))
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (1, 40), (6, 6)])
+def test_an_image_equals_its_definition_with_gradients(grid, unfused):
+    variant, first = build("window2d", Heads(4, 2, 4, 3), window=3).double(), 3
+    length = first + grid[0] * grid[1]
+    sizes = (4, length, 4), (2, length, 4), (2, length, 3)
+    tensors = [torch.randn(2, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    given = {"key_mask": torch.rand(2, length) > 0.4, "inputs": Inputs(None, grid)}
+    given["key_mask"][1, :] = False
+    want, got = (results(variant, backend, tensors, **given) for backend in ("reference", "flex"))
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(b, a.to(b.dtype))
 
 
 @pytest.mark.parametrize(("pattern", "numbers", "heads"), PATTERNS)

@@ -18,13 +18,25 @@ from core.attention.registry import build
 pytestmark = pytest.mark.gpu
 
 LENGTH = 1000
+
+
+def image(q, k, v, *, name, backend, key_mask=None, slopes=None, window=5):
+    """A 2-D variant on 31 rows, the tokens that do not fit standing before the grid; ALiBi has no meaning there."""
+    variant = build(name, Heads(q.shape[1], k.shape[1], q.shape[3], v.shape[3]), window=window).bfloat16().to(q)
+    return variant(q, k, v, key_mask=key_mask, backend=backend, inputs=Inputs(None, (31, q.shape[2] // 31))).out
+
+
 MECHANISMS = {
     "elu": (linear_attention, {"causal": True}),
     "relu, both": (linear_attention, {"feature_map": "relu"}),
     "taylor": (linear_attention, {"causal": True, "feature_map": "taylor"}),
     "window": (sliding_window_attention, {"causal": True, "window": 100}),
     "window, both": (sliding_window_attention, {"window": 33}),
+    "silu": (linear_attention, {"causal": True, "feature_map": "silu", "normalize": False}),
+    "window2d": (partial(image, name="window2d"), {}),
     "hybrid": (hybrid_attention, {"causal": True, "window": 64}),
+    "hybrid, both": (hybrid_attention, {"window": 64}),
+    "hybrid2d": (partial(image, name="hybrid2d"), {}),
 }
 
 
@@ -47,7 +59,7 @@ PATTERNS = {
     "longformer": (partial(sparse, name="longformer"), {"window": 100, "global_tokens": 3}),
 }
 CASES = [(name, "triton") for name in MECHANISMS]
-CASES += [(name, "flex") for name in ("window", "window, both", *PATTERNS)]
+CASES += [(name, "flex") for name in ("window", "window, both", "window2d", *PATTERNS)]
 
 
 def inputs(name, length, dtype, device, heads=8, kept=2, batch=2):
@@ -90,7 +102,7 @@ def test_the_same_input_gives_the_same_bits(name, device):
         assert all(torch.equal(a, b) for a, b in zip(results(name, "triton", tensors), first))
 
 
-@pytest.mark.parametrize("name", ["elu", "relu, both", "window"])
+@pytest.mark.parametrize("name", ["elu", "relu, both", "window", "window2d"])
 def test_more_numbers_than_32_bits_can_count(name, device):
     """Equal keys weigh alike, so the output is the mean of what is seen: 1 where only ones are, 0 where zeros are."""
     attention, options = MECHANISMS[name]
@@ -99,7 +111,8 @@ def test_more_numbers_than_32_bits_can_count(name, device):
     v = torch.zeros_like(q)
     v[:, :, length // 2 :] = 1
     last = attention(q, q, v, backend="triton", **options)[:, :, -10:]
-    torch.testing.assert_close(last, torch.full_like(last, 1.0 if name == "window" else 0.5), rtol=1e-2, atol=1e-2)
+    want = torch.full_like(last, 1.0 if name.startswith("window") else 0.5)
+    torch.testing.assert_close(last, want, rtol=1e-2, atol=1e-2)
 
 
 def test_a_long_sequence_by_flex_keeps_no_square_tensor(device):
@@ -174,6 +187,38 @@ def test_a_recurrence_gives_the_same_bits(kind, device):
     assert all(torch.isfinite(x).all() for x in first)
     for _ in range(10):
         assert all(torch.equal(a, b) for a, b in zip(gated_results(SCANS[kind], tensors), first))
+
+
+WIDTHS = [(16, 16), (24, 40), (80, 64), (96, 160), (256, 256)]
+
+
+@pytest.mark.parametrize(("width", "values"), WIDTHS)
+@pytest.mark.parametrize("name", ["elu", "window", "window2d", "hybrid"])
+def test_heads_of_any_width(name, width, values, device):
+    sizes = (4, width), (2, width), (2, values)
+    near = [torch.randn(1, n, 300, d, device=device).bfloat16().requires_grad_() for n, d in sizes]
+    wide = [x.detach().double().requires_grad_() for x in near]
+    plain, truth = results(name, "reference", near), results(name, "reference", wide)
+    for n, (mine, rough, exact) in enumerate(zip(results(name, "triton", near), plain, truth)):
+        error, limit = ((x.double() - exact).abs().max().item() for x in (mine, rough))
+        assert error <= 3 * limit + 1e-5 * (1 + exact.abs().max().item()), f"result {n}: {error:.2e}, {limit:.2e}"
+
+
+@pytest.mark.parametrize("name", ["elu", "window", "window2d", "hybrid", "hybrid2d"])
+def test_compiles_into_one_graph_under_autocast(name, device):
+    """float32 inputs, bfloat16 kernels: eager and compiled give the same, gradients float32."""
+    attention, options = MECHANISMS[name]
+    tensors = [x.detach().float().requires_grad_() for x in inputs(name, 500, torch.bfloat16, device)]
+
+    def run(*tensors):
+        with torch.autocast("cuda", torch.bfloat16):
+            return attention(*tensors, backend="triton", **options)
+
+    one = torch.compile(run, fullgraph=True, dynamic=True) if name not in ("window2d", "hybrid2d") else run
+    got, want = one(*tensors), run(*tensors)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert all(d.dtype == torch.float32 for d in torch.autograd.grad(got.float().sum(), tensors))
 
 
 @pytest.mark.parametrize("length", [129, 4096])
