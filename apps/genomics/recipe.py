@@ -79,7 +79,7 @@ class PredictSection(Section):
     batch_size: int = Field(32, ge=1)
     """Stretches per forward pass."""
     write: Literal["probabilities", "classes"] = "probabilities"
-    """Per-base classes as bedGraph: a track of probabilities per class, or only where the likeliest class changes."""
+    """Per-base classes as bedGraph or WIG: a track per class, of its probability, or of 1 where it is the likeliest."""
 
 
 class GenomicsRecipe(Recipe):

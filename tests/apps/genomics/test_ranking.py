@@ -61,11 +61,13 @@ def test_strata_hold_every_item_once_and_show_where_errors_sit(tmp_path):
     assert [path.name for path in files] == ["strata.csv", "strata.png"]
     with files[0].open() as file:
         rows = list(csv.DictReader(file))
-    for trait in ("GC share", "letters"):
+    for trait in ("GC share", "length"):
         assert sum(int(row["items"]) for row in rows if row["by"] == trait) == 300
     by_share = [row for row in rows if row["by"] == "GC share"]
     assert float(by_share[0]["accuracy"]) == 1
     assert float(by_share[-1]["accuracy"]) < 0.7
     assert float(by_share[-1]["accuracy_low"]) < float(by_share[-1]["accuracy"]) < float(by_share[-1]["accuracy_high"])
+    few = np.stack([np.where(np.arange(300) < 8, 111, 110), np.full(300, np.nan)], 1)
+    assert write_strata(tmp_path, few, lambda n: {"accuracy": 1.0}) == []  # eight are too few to be a stratum
     alike = np.stack([np.full(300, 41), np.full(300, np.nan)], 1)  # proteins of one length
     assert write_strata(tmp_path, alike, lambda n: {"accuracy": 1.0}) == []
