@@ -128,11 +128,13 @@ class GenomicsRecipe(Recipe):
                 "model.strand=average: a causal model reads one strand at a time; say augment "
                 "(variants are scored on both strands anyway)"
             )
-        if data.lower == "mask" and (not (language or per_base) or data.tokens != "char"):
-            raise ValueError(
-                f"data.lower=mask leaves single bases unscored: it needs an answer per base or a language model, and "
-                f"data.tokens=char; here are task={self.task} and {data.tokens}"
-            )
+        masks = {"lower=mask": data.lower == "mask", "mask_path": data.mask_path or data.mask_file}
+        for name in (name for name, given in masks.items() if given):
+            if not (language or per_base) or data.tokens != "char":
+                raise ValueError(
+                    f"data.{name} leaves single bases unscored: it needs an answer per base or a language model, and "
+                    f"data.tokens=char; here are task={self.task} and {data.tokens}"
+                )
         if language and model.strand != "none" and data.tokens != "char":
             raise ValueError(f"model.strand={model.strand} with task={self.task} needs data.tokens=char")
         kind, _ = shortcut_parts(model.shortcut)

@@ -49,6 +49,11 @@ def test_intervals_hold_the_figure_and_are_wider_over_few_groups():
     whole = classification(np.stack([1 - chances, chances], 1), labels)
     for name in ("auroc", "auprc"):
         assert areas[f"{name}_low"] < whole[name] < areas[f"{name}_high"]
+    both = np.stack([labels, 1 - labels, np.ones_like(labels)], 1)  # a label that always holds has no area
+    several = area_intervals(np.stack([chances, 1 - chances, chances], 1), both, groups)
+    assert several["auroc_low"] == pytest.approx(areas["auroc_low"])
+    rare = area_intervals(random.random((30, 30)), np.arange(30))  # no draw holds every class
+    assert rare["auroc_low"] < 0.5 < rare["auroc_high"]
     assert area_intervals(np.ones((4, 2)) / 2, np.zeros(4, int)) == {}
     assert spearman_interval(predicted[:40], target[:40], groups[:40]) == {}  # one group tells no spread
 
