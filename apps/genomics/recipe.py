@@ -34,6 +34,8 @@ class ModelSection(Section):
     strand: Literal["none", "augment", "average", "tied"] = "none"
     """Which strand is read. augment: in training either one by chance; average: that, and both in evaluation; tied:
     both always, with shared weights, so that the answer for the other strand is the mirrored answer by construction."""
+    period: int | None = Field(None, ge=2, le=64)
+    """Tell positions apart by their remainder modulo this: 3 lets attention keep the reading frames of codons apart."""
     pool: Literal["mean", "max", "attend", "flat"] = "mean"
     """How a sequence becomes one vector; flat keeps every position apart and needs sequences of one length."""
     shortcut: str = "none"
@@ -70,6 +72,8 @@ class PredictSection(Section):
     """Bases around a variant that are scored; null: as many as the model was trained on."""
     flank: int = Field(8, ge=0)
     """Tokens beside an insertion or deletion whose likelihood a masked model compares too."""
+    against: str | None = None
+    """Column of a mutation list with measured effects: the rank correlation of the scores with it is told."""
     stream: bool = False
     """Read a sequence of any length in one pass through the state of a causal model, in constant memory."""
     chunk: int = Field(4096, ge=1)
@@ -135,6 +139,8 @@ class GenomicsRecipe(Recipe):
                     f"data.{name} leaves single bases unscored: it needs an answer per base or a language model, and "
                     f"data.tokens=char; here are task={self.task} and {data.tokens}"
                 )
+        if model.period is not None and self.task == "causal":
+            raise ValueError("model.period counts from the start of a stretch, which a causal stream has not")
         if language and model.strand != "none" and data.tokens != "char":
             raise ValueError(f"model.strand={model.strand} with task={self.task} needs data.tokens=char")
         kind, _ = shortcut_parts(model.shortcut)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apps.genomics.agreement import agreement
 from apps.genomics.data_section import PLAIN
 from apps.genomics.inputs import length_problem
 from apps.genomics.recipe import PredictSection
@@ -64,6 +65,10 @@ def predict_variants(
         log.warning("%d of %d variants are not scored: %s", sum(skipped.values()), len(found.variants), told)
     if not found.variants:
         log.warning("%s lists no variant", path)
+    if settings.against is not None:
+        name, figures = agreement(found.variants, scores, settings.against)
+        told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        log.info("%s against %s  %s", name, settings.against, told)
     if as_vcf:
         return _write_vcf(output, found, scores)
     return write_table(output, _rows(found.variants, scores, bool(found.header)))

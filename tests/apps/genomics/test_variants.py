@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from apps.genomics.agreement import agreement
 from apps.genomics.alphabet import DNA
 from apps.genomics.items import padded
 from apps.genomics.reference import Reference
@@ -88,6 +89,24 @@ def test_mutation_lists_and_their_mistakes(tmp_path):
     path.write_text("mutant\n24HC\n")
     with pytest.raises(UserError, match="line 2: '24HC' is no mutation; write H24C"):
         read_variants(path)
+
+
+def test_scores_are_set_beside_measured_effects(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("mutant,effect,note\nA1C,0.1,x\nA1D,0.4,x\nA1E,,x\nA1F,0.3,x\nA1A,9,x\nA1G,0.2,x\n")
+    found = read_variants(path).variants
+    scores = {id(v): {"distance": 1.0, "llr": value} for v, value in zip(found, (-4.0, -1.0, 5.0, -2.0, 0.0, -3.0))}
+    del scores[id(found[4])]  # the synonymous one is not scored
+    name, figures = agreement(found, scores, "effect")
+    assert name == "llr"
+    assert figures["spearman"] == pytest.approx(1.0)
+    assert figures["variants"] == 4  # one has no number, one no score
+    with pytest.raises(UserError, match=r"line 2: .*=efect: no such column \(did you mean 'effect'\?\); has mutant"):
+        agreement(found, scores, "efect")
+    with pytest.raises(UserError, match="line 2: column note must be a number, got 'x'"):
+        agreement(found, scores, "note")
+    with pytest.raises(UserError, match="2 variants have a score and a number there, need 3"):
+        agreement(found[:2], scores, "effect")
 
 
 def test_changes_and_the_check_of_the_reference():
