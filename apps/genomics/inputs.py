@@ -1,5 +1,6 @@
 """A user's file as what a trained run reads: records, stretches, batches, and who they are in the files written."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from apps.genomics.items import Items
 from apps.genomics.recipe import PredictSection
 from apps.genomics.records import Record
 from apps.genomics.sequences import SUFFIXES, form_of, read_records
-from apps.genomics.task import GenomicsTask, SequenceTask
+from apps.genomics.task import GenomicsTask
 from core.training.errors import UserError
 from core.training.rows import kind
 
+log = logging.getLogger(__name__)
+
 
 def read_input(spec: dict[str, Any], settings: PredictSection, path: Path) -> list[Record]:
-    """Records of the user's file, read as the training file was; labels are neither needed nor looked at."""
+    """Records of the user's file, read as the training file was; labels are neither needed nor looked at.
+
+    Ids that come twice are numbered, with a warning: what is predicted needs no clean list of examples.
+    """
     options = DataSection(**spec["reading"])
     known = any(kind(path) in suffixes for suffixes in SUFFIXES.values())
     if known and kind(path) not in SUFFIXES.get(options.format or "", ()):
@@ -28,27 +34,40 @@ def read_input(spec: dict[str, Any], settings: PredictSection, path: Path) -> li
         options.min_quality = None
     if settings.reference is not None:
         options.reference = settings.reference
-    return read_records(str(path), options, labels=False).records
+    options.duplicate_ids = "number"
+    reading = read_records(str(path), options, labels=False)
+    for what, count in reading.notes.items():
+        log.warning("%s: %s: %s", path, what, count)
+    return reading.records
 
 
 def input_items(task: GenomicsTask, records: Sequence[Record]) -> Items:
     """The records as stretches of tokens."""
     alphabet = ALPHABETS[task.spec["tokens"]["alphabet"]]
     items = make_items(task.recipe, task.model.tokens, records, encode(records, alphabet), "predict")
-    if isinstance(task, SequenceTask):
-        for record, length in zip(records, items.lengths):
-            check_length(task, record, length)
+    for stretch, length in zip(items.stretches, items.lengths):
+        check_length(task, records[stretch.sequence], length)
     return items
 
 
 def check_length(task: GenomicsTask, record: Record, length: int) -> None:
-    """Refuse a sequence of another length than the model was built for, where it was built for one.
+    """Refuse a sequence of a length that the model cannot read.
 
     Raises:
-        UserError: it has `length` tokens, and position counts.
+        UserError: `length_problem` says what.
     """
+    problem = length_problem(task, length)
+    if problem:
+        raise UserError(f"{record.where}: {problem}")
+
+
+def length_problem(task: GenomicsTask, length: int) -> str:
+    """Why the model cannot read so many tokens at once; "" if it can."""
     if counts_positions(task) and length != task.spec["fixed"]:
-        raise UserError(f"{record.where}: {length} tokens, this model was built for sequences of {task.spec['fixed']}")
+        return f"{length} tokens, this model was built for sequences of {task.spec['fixed']}"
+    if task.model.encoder.positions == "learned" and length > task.spec["longest"]:
+        return f"{length} tokens, this model learned positions up to {task.spec['longest']}"
+    return ""
 
 
 def counts_positions(task: GenomicsTask) -> bool:

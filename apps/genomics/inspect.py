@@ -6,6 +6,7 @@ attention-ID.png, .npz        mean attention of all layers and heads; for protei
 mutagenesis.csv, mutagenesis-ID.png   what every substitution does; not for answers per base
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from apps.genomics.language import LanguageTask
 from apps.genomics.mutagenesis import LETTERS, draw_map, substitutions
 from apps.genomics.recipe import GenomicsRecipe
 from apps.genomics.records import Record
+from apps.genomics.scoring import batch_of
 from apps.genomics.tables import write_table
 from apps.genomics.task import BaseTask, GenomicsTask, SequenceTask
 from core.attention.maps import attention_rows
+from core.training.errors import UserError
 from core.training.figures import canvas
 from core.training.run import LoadedRun
 
+log = logging.getLogger(__name__)
 RECORDS = 3
 """Records that are drawn, the first of the file."""
 LONGEST = 256
@@ -35,7 +39,7 @@ LONGEST = 256
 
 
 def inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]:
-    """Draw saliency and attention of the first records of a file, read as `predict` reads it.
+    """Draw saliency, attention and effects of substitutions of the first records of a file, read as `predict` reads it.
 
     Raises:
         UserError: as in `predict`.
@@ -62,26 +66,35 @@ def inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]:
             files.append(_draw_track(stem.with_suffix(".png"), record, track))
         files += _attention(task, ids, mask, record, stem, alphabet.name == "protein")
         if not isinstance(task, BaseTask):
-            with torch.no_grad():
-                found = list(substitutions(task, recipe.predict, record, 0, LONGEST))
+            found = _mutagenesis(task, recipe, record)
             effects += found
             if found:
                 picture = stem.with_name(f"mutagenesis-{stem.name}.png")
-                files.append(draw_map(picture, record, found, _effect(task, ids, mask), LETTERS[alphabet.name]))
+                files.append(draw_map(picture, record, found, _effect(task, codes), LETTERS[alphabet.name]))
     for name, table in (("saliency.csv", rows), ("mutagenesis.csv", effects)):
         if table:
             files.insert(0, write_table(output / name, table))
     return files
 
 
-def _effect(task: GenomicsTask, ids: Tensor, mask: Tensor) -> str:
+def _mutagenesis(task: GenomicsTask, recipe: GenomicsRecipe, record: Record) -> list[dict[str, object]]:
+    """Substitutions of the first letters; nothing, said aloud, for a sequence that the model cannot read whole."""
+    try:
+        with torch.no_grad():
+            return list(substitutions(task, recipe.predict, record, 0, LONGEST))
+    except UserError as error:
+        log.warning("no mutagenesis map: %s", error)
+        return []
+
+
+def _effect(task: GenomicsTask, codes: np.ndarray) -> str:
     """The effect that is drawn: on the second of two classes, on the likeliest of several, on the first target."""
     if not isinstance(task, SequenceTask):
         return "llr"
     if task.recipe.task != "classification":
         return f"difference_{task.names[0]}"
     with torch.no_grad():
-        said = task.predicted({"ids": ids, "mask": mask})[0]
+        said = task.predicted(batch_of(task, [codes]))[0]
     return f"difference_{task.names[1 if len(said) == 2 else int(said.argmax())]}"
 
 

@@ -49,15 +49,19 @@ def _figures(task: str, predicted: np.ndarray, target: np.ndarray, names: Sequen
         found = classification(predicted, target, intervals=intervals)
         return found | (area_intervals(predicted, target) if intervals else {})
     if task == "multilabel":
-        return multilabel(predicted, target, intervals=intervals)
-    each = [regression(predicted[:, t], target[:, t], intervals=intervals) for t in range(target.shape[1])]
-    if len(each) == 1:
-        return each[0]
+        found = multilabel(predicted, target, intervals=intervals)
+        return found | (area_intervals(predicted, target.astype(int)) if intervals else {})
+    if target.shape[1] == 1:
+        return regression(predicted[:, 0], target[:, 0], intervals=intervals)
+
+    def mean(p: np.ndarray, y: np.ndarray) -> Scores:
+        each = [regression(p[:, t], y[:, t]) for t in range(y.shape[1])]
+        return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+
     # Several targets: the mean over them is what counts; each one's Spearman stands beside it.
-    mean = {
-        name: float(np.mean([one[name] for one in each])) for name in each[0] if not name.endswith(("_low", "_high"))
-    }
-    return mean | {f"spearman_{name}": one["spearman"] for name, one in zip(names, each)}
+    found = mean(predicted, target) | (_ends(mean, predicted, target) if intervals else {})
+    each = [regression(predicted[:, t], target[:, t])["spearman"] for t in range(target.shape[1])]
+    return found | {f"spearman_{name}": value for name, value in zip(names, each)}
 
 
 def plain_figures(task: str, predicted: np.ndarray, target: np.ndarray) -> Scores:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apps.genomics.inputs import check_length
 from apps.genomics.language import LanguageTask
 from apps.genomics.recipe import PredictSection
 from apps.genomics.records import Record
@@ -42,9 +43,18 @@ def substitutions(
     """A row per substitution of letters [first, last): id, position (from 1, on the contig), ref, alt, effects.
 
     Letters are those of the strand that the record was read on. An ambiguous letter is left as it is.
+
+    Raises:
+        UserError: the model cannot read a sequence of this length.
     """
     alphabet = task.model.tokens.alphabet
-    text = alphabet.decode(alphabet.encode(record.sequence, record.where))
+    codes = alphabet.encode(record.sequence, record.where)
+    text = alphabet.decode(codes)
+    if not isinstance(task, LanguageTask):
+        limit, count = task.recipe.data.length, len(task.model.tokens.encode(codes))
+        check_length(task, record, count)
+        if limit is not None and count > limit:
+            raise UserError(f"{record.where}: {count} tokens; the model reads data.length={limit}, cut the sequence")
     changes = [
         Variant(record.where, record.id, record.id, [(at, text[at], letter)], at)
         for at in range(first, min(len(text), last or len(text)))

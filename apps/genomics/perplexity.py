@@ -15,7 +15,7 @@ from apps.genomics.metrics import language_figures
 from apps.genomics.recipe import PredictSection
 from apps.genomics.records import Record
 from apps.genomics.scoring import likelihood
-from apps.genomics.stream import check_streams, stream_nats
+from apps.genomics.stream import stream_nats
 from apps.genomics.tables import TABLES, write_table
 from apps.genomics.tracks import SUFFIXES, Track, write_tracks
 
@@ -24,7 +24,6 @@ def write_perplexity(task: LanguageTask, settings: PredictSection, records: Sequ
     """Write a row per record, or a track; the bits of a k-mer or piece are shared evenly among its letters."""
     tokens = task.model.tokens
     if settings.stream:
-        check_streams(task)
         alphabet = ALPHABETS[task.spec["tokens"]["alphabet"]]
         sequences = [tokens.encode(codes) for codes in encode(records, alphabet)]
         nats = [stream_nats(task, torch.from_numpy(s.astype(np.int64)), settings.chunk).numpy() for s in sequences]

@@ -19,12 +19,14 @@ from apps.genomics.mutagenesis import check_mutates, substitutions
 from apps.genomics.perplexity import write_perplexity
 from apps.genomics.recipe import GenomicsRecipe, PredictSection
 from apps.genomics.records import Record
+from apps.genomics.stream import check_streams
 from apps.genomics.tables import write_table
 from apps.genomics.task import BaseTask, GenomicsTask, SequenceTask
-from apps.genomics.tracks import Track, write_tracks
+from apps.genomics.tracks import Track, as_classes, write_tracks
 from apps.genomics.variant_files import predict_variants
 from apps.genomics.variants import is_variants
 from apps.genomics.vectors import write_vectors
+from core.training.errors import UserError
 from core.training.run import LoadedRun
 
 
@@ -49,12 +51,20 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         if is_variants(input):
+            if settings.what != "predictions":
+                raise UserError(f"{input} lists variants; predict.what={settings.what} reads sequences")
             return [predict_variants(task, settings, run.spec, input, output)]
         records = read_input(run.spec, settings, input)
         return [_write(task, settings, records, output)]
 
 
 def _write(task: GenomicsTask, settings: PredictSection, records: Sequence[Record], output: Path) -> Path:
+    if settings.stream:
+        check_streams(task)
+        if settings.what != "predictions":
+            raise UserError(
+                f"predict.stream gives perplexities and bits; leave it out for predict.what={settings.what}"
+            )
     if settings.what == "mutagenesis":
         check_mutates(task)
         rows = (row for record in records for row in substitutions(task, settings, record))
@@ -69,6 +79,8 @@ def _write(task: GenomicsTask, settings: PredictSection, records: Sequence[Recor
     assert isinstance(task, BaseTask)
     classes = task.recipe.task == "tokens"
     tracks = list(_stitched(task, records, items, settings))
+    if settings.write == "classes":
+        tracks = as_classes(output, tracks, classes)
     return write_tracks(output, tracks, task.names if classes else ["value"], "classes" if classes else "values")
 
 

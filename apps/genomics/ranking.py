@@ -17,23 +17,24 @@ Values = dict[str, float]
 
 
 def area_intervals(probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> Scores:
-    """95 % of auroc and auprc as `core.training.scores.classification` defines them; {} where one class alone occurs.
+    """95 % of auroc and auprc as `core.training.scores` defines them; {} where no class or label occurs both ways.
 
     Args:
-        probabilities: [N, K].   labels: [N] int.   groups: [N], what is drawn together; None: each for itself.
+        probabilities: [N, K].   labels: classes [N] int, or 0 and 1 [N, K].
+        groups: [N], what is drawn together; None: each for itself.
     """
-    present = np.unique(labels)
-    if len(present) < 2:
+    hits = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(probabilities.shape[1])
+    if labels.ndim == 1 and probabilities.shape[1] == 2:  # of two classes the second counts
+        hits, probabilities = hits[:, 1:], probabilities[:, 1:]
+    mixed = np.flatnonzero(hits.any(0) & ~hits.all(0))
+    ready = [(np.unique(-probabilities[:, one], return_inverse=True)[1], hits[:, one]) for one in mixed]
+    if not ready:
         return {}
-    classes = [1] if probabilities.shape[1] == 2 else present.tolist()
-    ready = []
-    for one in classes:
-        _, order = np.unique(-probabilities[:, one], return_inverse=True)
-        ready.append((order, labels == one))
 
     def score(weights: np.ndarray) -> Values:
-        areas = [_areas(order, hits, weights) for order, hits in ready]
-        return dict(zip(("auroc", "auprc"), np.mean(areas, axis=0)))
+        # As in the figure itself, the mean is over the classes that occur in a draw.
+        areas = [found for order, positive in ready if (found := _areas(order, positive, weights)) is not None]
+        return dict(zip(("auroc", "auprc"), np.mean(areas, axis=0))) if areas else {}
 
     return _interval(score, len(labels), groups)
 
@@ -52,12 +53,15 @@ def spearman_interval(predicted: np.ndarray, target: np.ndarray, groups: np.ndar
     return _interval(score, len(target), groups)
 
 
-def _areas(order: np.ndarray, hits: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Areas under ROC and precision-recall curve; `order` is 0 for the highest score, equal for equal ones."""
+def _areas(order: np.ndarray, hits: np.ndarray, weights: np.ndarray) -> tuple[float, float] | None:
+    """Areas under ROC and precision-recall curve; `order` is 0 for the highest score, equal for equal ones.
+
+    None: only hits were drawn, or none.
+    """
     positive = np.bincount(order, weights * hits)
     negative = np.bincount(order, weights * ~hits)
     if not positive.any() or not negative.any():
-        return float("nan"), float("nan")
+        return None
     found, alarms = positive.cumsum(), negative.cumsum()
     called = found + alarms
     precision = np.divide(found, called, out=np.zeros_like(called), where=called > 0)
@@ -72,11 +76,13 @@ def _ranks(order: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _interval(score: Callable[[np.ndarray], Values], count: int, groups: np.ndarray | None) -> Scores:
-    draws = list(map(score, _weights(count, groups)))
+    drawn: dict[str, list[float]] = {}
+    for weights in _weights(count, groups):
+        for name, value in score(weights).items():
+            drawn.setdefault(name, []).append(value)
     found: Scores = {}
-    for name in draws[0] if draws else ():
-        values = np.array([one[name] for one in draws])
-        low, high = np.quantile(values[~np.isnan(values)], [0.025, 0.975])
+    for name, values in drawn.items():
+        low, high = np.quantile(values, [0.025, 0.975])
         found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
 

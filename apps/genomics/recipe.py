@@ -83,7 +83,7 @@ class PredictSection(Section):
     batch_size: int = Field(32, ge=1)
     """Stretches per forward pass."""
     write: Literal["probabilities", "classes"] = "probabilities"
-    """Per-base classes as bedGraph: a track of probabilities per class, or only where the likeliest class changes."""
+    """Per-base classes as bedGraph or WIG: a track per class, of its probability, or of 1 where it is the likeliest."""
 
 
 class GenomicsRecipe(Recipe):
@@ -132,11 +132,13 @@ class GenomicsRecipe(Recipe):
                 "model.strand=average: a causal model reads one strand at a time; say augment "
                 "(variants are scored on both strands anyway)"
             )
-        if data.lower == "mask" and (not (language or per_base) or data.tokens != "char"):
-            raise ValueError(
-                f"data.lower=mask leaves single bases unscored: it needs an answer per base or a language model, and "
-                f"data.tokens=char; here are task={self.task} and {data.tokens}"
-            )
+        masks = {"lower=mask": data.lower == "mask", "mask_path": data.mask_path or data.mask_file}
+        for name in (name for name, given in masks.items() if given):
+            if not (language or per_base) or data.tokens != "char":
+                raise ValueError(
+                    f"data.{name} leaves single bases unscored: it needs an answer per base or a language model, and "
+                    f"data.tokens=char; here are task={self.task} and {data.tokens}"
+                )
         if model.period is not None and self.task == "causal":
             raise ValueError("model.period counts from the start of a stretch, which a causal stream has not")
         if language and model.strand != "none" and data.tokens != "char":

@@ -28,7 +28,7 @@ def write_strata(run_dir: Path, traits: np.ndarray, score: Score) -> list[Path]:
         score: figures of the items with these numbers; the first is drawn.
     """
     rows, panels = [], {}
-    for name, values in (("GC share", traits[:, 1]), ("letters", traits[:, 0])):
+    for name, values in (("GC share", traits[:, 1]), ("length", traits[:, 0])):
         drawn = []
         for low, high, items in _cut(values):
             found = score(items)
@@ -64,6 +64,13 @@ def _cut(values: np.ndarray) -> Iterator[tuple[float, float, np.ndarray]]:
         return
     borders = np.unique(np.quantile(values, np.arange(1, parts) / parts))
     place = np.searchsorted(borders, values)
+    groups: list[np.ndarray] = []
     for number in np.unique(place):
         items = np.flatnonzero(place == number)
-        yield float(values[items].min()), float(values[items].max()), items
+        # Equal values can leave little for the part beside them: that joins it.
+        if groups and min(len(items), len(groups[-1])) < LEAST:
+            groups[-1] = np.concatenate([groups[-1], items])
+        else:
+            groups.append(items)
+    if len(groups) > 1:
+        yield from ((float(values[items].min()), float(values[items].max()), items) for items in groups)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from apps.genomics.language import LanguageTask
 from apps.genomics.shortcuts import MarkovShortcut
+from apps.genomics.task import GenomicsTask
 from core.attention.registry import available, variant_class
 from core.training.errors import UserError
 
@@ -48,7 +49,7 @@ class Stream:
         return sum(tensor.nbytes for state in self.states for tensor in state.values())
 
 
-def check_streams(task: LanguageTask) -> None:
+def check_streams(task: GenomicsTask) -> None:
     """Raise UserError unless the model reads on with states of constant size."""
     if not isinstance(task, LanguageTask) or not task.causal:
         raise UserError("predict.stream reads on through the state of a causal model; this run is of another task")

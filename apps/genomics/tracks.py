@@ -69,6 +69,20 @@ def write_tracks(path: Path, tracks: Sequence[Track], names: Sequence[str], kind
     return path
 
 
+def as_classes(path: Path, tracks: Sequence[Track], classes: bool) -> list[Track]:
+    """Probabilities as 1 for the likeliest class of a base and 0 for the others.
+
+    Raises:
+        UserError: a form that says the class anyway, or answers that are numbers.
+    """
+    if not classes or path.suffix.lower() not in (".bedgraph", ".bg", ".wig"):
+        raise UserError(
+            f"{path}: predict.write=classes is for classes per base as .bedgraph or .wig; "
+            "the other forms name the likeliest class anyway"
+        )
+    return [Track(track.record, np.eye(track.values.shape[1])[track.values.argmax(1)]) for track in tracks]
+
+
 def stretches(classes: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """(start, end, class) of runs of equal classes."""
     borders = np.flatnonzero(np.diff(classes)) + 1

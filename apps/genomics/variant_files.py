@@ -8,13 +8,14 @@ from typing import Any
 
 from apps.genomics.agreement import agreement
 from apps.genomics.data_section import PLAIN
+from apps.genomics.inputs import length_problem
 from apps.genomics.recipe import PredictSection
 from apps.genomics.reference import Reference
 from apps.genomics.scoring import Window, score_windows
 from apps.genomics.sequences import form_of, read_records
 from apps.genomics.tables import write_table
 from apps.genomics.task import GenomicsTask
-from apps.genomics.variants import Variant, VariantFile, check_letters, check_reference, read_variants
+from apps.genomics.variants import Variant, VariantFile, changed, check_letters, check_reference, read_variants
 from core.training.errors import UserError
 from core.training.rows import kind
 
@@ -23,8 +24,8 @@ LONGEST = 2048
 """Letters around a variant, at most, when neither the recipe nor the training data says how many."""
 INFO = {
     "llr": ("LLR", "log p(alternative) - log p(reference), mean of the strands"),
-    "llr_forward": ("LLR_F", "the same, forward strand"),
-    "llr_reverse": ("LLR_R", "the same, reverse strand"),
+    "llr_forward": ("LLR_F", "log p(alternative) - log p(reference), forward strand"),
+    "llr_reverse": ("LLR_R", "log p(alternative) - log p(reference), reverse strand"),
     "distance": ("DIST", "Euclidean distance of mean embeddings"),
 }
 
@@ -49,16 +50,15 @@ def predict_variants(
         check_letters(variant, task.model.tokens.alphabet)
         if not variant.skipped:
             window = cut_window(variant, reference, contig, size)
+            _check_length(task, window)
             if not variant.skipped:
                 windows.append(window)
                 ready.append(variant)
     scores: dict[int, dict[str, float]] = {}
-    for at in range(0, len(windows), settings.batch_size):
-        part = windows[at : at + settings.batch_size]
-        for variant, score in zip(
-            ready[at:], score_windows(task, part, flank=settings.flank, size=settings.batch_size)
-        ):
-            scores[id(variant)] = score
+    batch = settings.batch_size
+    for at in range(0, len(windows), batch):
+        part = score_windows(task, windows[at : at + batch], flank=settings.flank, size=batch)
+        scores |= {id(variant): score for variant, score in zip(ready[at:], part)}
     skipped = Counter(_reason(variant) for variant in found.variants if variant.skipped)
     if skipped:
         told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
@@ -124,6 +124,14 @@ def cut_window(variant: Variant, reference: Reference, contig: str, size: int) -
     letters = reference.fetch(contig, start, end, "+", variant.where).upper()
     check_reference(variant, letters, start)
     return Window(variant, letters, start)
+
+
+def _check_length(task: GenomicsTask, window: Window) -> None:
+    """Mark a variant as skipped if the model cannot read its window, before the change or after it."""
+    variant, tokens = window.variant, task.model.tokens
+    for letters in () if variant.skipped else (window.letters, changed(window.letters, window.start, variant)):
+        count = len(tokens.encode(tokens.alphabet.encode(letters, variant.where)))
+        variant.skipped = variant.skipped or length_problem(task, count)
 
 
 def _rows(variants: Sequence[Variant], scores: dict[int, dict[str, float]], vcf: bool) -> list[dict[str, object]]:

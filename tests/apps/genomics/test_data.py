@@ -224,6 +224,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(override, says):
         (["model.shortcut=kmer:3", "data.tokens=bpe:100"], "reads letters and needs data.tokens=char"),
         (["task=masked", "data.tokens=bpe:100", "model.strand=average"], "needs data.tokens=char"),
         (["task=causal", "model.strand=average"], "a causal model reads one strand at a time; say augment"),
+        (["data.mask_path=m.fa"], "data.mask_path leaves single bases unscored"),
         (["data.lower=mask"], "needs an answer per base or a language model"),
         (["task=causal", "data.lower=mask", "data.tokens=bpe:100"], "data.tokens=char; here are task=causal and bpe"),
         (["data.alphabet=protein", "data.min_quality=20"], "min_quality reads bases as N, which is an amino acid"),

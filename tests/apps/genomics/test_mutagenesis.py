@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from apps.genomics.alphabet import DNA
+from apps.genomics.inspect import _effect
 from apps.genomics.mutagenesis import draw_map, substitutions
 from apps.genomics.recipe import PredictSection
 from apps.genomics.records import Record
@@ -31,6 +32,7 @@ def test_a_classifier_is_asked_about_each_changed_sequence(table, built, letters
     assert len(rows) == 3 * 19  # what N may be is not changed
     assert len({(row["position"], row["alt"]) for row in rows}) == len(rows)
     plain = task.predicted(batch_of(task, [DNA.encode(text, "x")]))[0]
+    assert _effect(task, DNA.encode(text, "x")) == "difference_b"  # what inspect draws
     for row in (rows[0], rows[20], rows[-1]):
         at = row["position"] - 1
         assert text[at] == row["ref"]

@@ -136,6 +136,39 @@ def test_tracks_of_an_interval_on_the_reverse_strand_lie_on_the_genome(annotator
     assert wig[1] == "fixedStep chrom=q3 start=6 step=1"
 
 
+def test_a_track_of_the_likeliest_class_is_one_or_nothing(annotator, fasta, tmp_path):
+    text = fasta.read_text().split(">")[4].splitlines()[1]
+    predict(annotator, fasta, tmp_path / "p.bedgraph", ["predict.write=classes"])
+    track = (tmp_path / "p.bedgraph").read_text().split("track type=bedGraph")[1].splitlines()[1:]  # X: the letter A
+    found = [line.split("\t") for line in track if line.startswith("q3")]
+    ones = [at for _, start, end, value in found if value == "1" for at in range(int(start), int(end))]
+    assert ones == [at for at, letter in enumerate(text) if letter == "A"]
+    assert {value for *_, value in found} == {"0", "1"}
+    with pytest.raises(UserError, match=r"predict.write=classes is for classes per base as .bedgraph or .wig"):
+        predict(annotator, fasta, tmp_path / "p.gff", ["predict.write=classes"])
+
+
+def test_ids_that_come_twice_are_numbered_and_told(classifier, tmp_path, caplog):
+    (tmp_path / "x.fa").write_text(">a\nACGTACGT\n>a\nGGGTACGT\n")
+    rows = table(predict(classifier, tmp_path / "x.fa", tmp_path / "p.csv")[0])
+    assert [row["id"] for row in rows] == ["a", "a#2"]
+    assert "duplicate ids numbered: 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("x.fa", ["predict.stream=true"], "of a causal model; this run is of another task"),
+        ("x.vcf", ["predict.what=embeddings"], "lists variants; predict.what=embeddings reads sequences"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(classifier, tmp_path, name, options, says):
+    (tmp_path / "x.fa").write_text(">a\nACGTACGT\n")
+    (tmp_path / "x.vcf").write_text("#CHROM\tPOS\tID\tREF\tALT\nc\t1\t.\tA\tC\n")
+    with pytest.raises(UserError, match=says):
+        predict(classifier, tmp_path / name, tmp_path / "p.csv", options)
+
+
 def test_a_language_model_streams_to_the_same_figures(reader, tmp_path):
     run, genome = reader
     rows = {}
@@ -236,3 +269,21 @@ def test_what_is_inside_can_be_seen(classifier, fasta, tmp_path):
     rows = table(tmp_path / "seen" / "saliency.csv")
     assert [row["letter"] for row in rows if row["id"] == "q2"] == list(fasta.read_text().split(">")[3].splitlines()[1])
     assert len({row["saliency"] for row in rows}) > 10
+
+
+def test_a_model_of_one_length_says_so_and_scores_no_variant_that_changes_it(recipe, letters, tmp_path, caplog):
+    texts = letters(60, 24)
+    rows = [f"{text},{['no', 'yes'][n % 2]}" for n, text in enumerate(texts)]
+    (tmp_path / "x.csv").write_text("sequence,label\n" + "\n".join(rows) + "\n")
+    run = fit(recipe("classification", {"path": str(tmp_path / "x.csv")}), run_dir=tmp_path / "run", quiet=True).run_dir
+    (tmp_path / "long.fa").write_text(">a\nACGTACGT\n>b\n" + "ACGT" * 7 + "\n")
+    with pytest.raises(UserError, match="record 2 'b': 28 tokens, this model learned positions up to 24"):
+        predict(run, tmp_path / "long.fa", tmp_path / "p.csv")
+    (tmp_path / "g.fa").write_text(f">c\n{letters(1, 80, seed=2)[0]}\n")
+    text = (tmp_path / "g.fa").read_text().split()[1]
+    lines = [f"c\t40\t.\t{text[39]}\t{other}" for other in (text[39] + "GAT", "ACGT".replace(text[39], "")[0])]
+    (tmp_path / "v.vcf").write_text("#CHROM\tPOS\tID\tREF\tALT\n" + "\n".join(lines) + "\n")
+    found = table(predict(run, tmp_path / "v.vcf", tmp_path / "v.csv", [f"predict.reference={tmp_path / 'g.fa'}"])[0])
+    assert [row["status"] for row in found] == ["27 tokens, this model learned positions up to 24", "scored"]
+    (tmp_path / "one.fa").write_text(f">a\n{texts[0]}\n")
+    assert (tmp_path / "seen" / "mutagenesis.csv") in inspect(run, tmp_path / "one.fa", tmp_path / "seen")

@@ -49,6 +49,11 @@ def test_intervals_hold_the_figure_and_are_wider_over_few_groups():
     whole = classification(np.stack([1 - chances, chances], 1), labels)
     for name in ("auroc", "auprc"):
         assert areas[f"{name}_low"] < whole[name] < areas[f"{name}_high"]
+    both = np.stack([labels, 1 - labels, np.ones_like(labels)], 1)  # a label that always holds has no area
+    several = area_intervals(np.stack([chances, 1 - chances, chances], 1), both, groups)
+    assert several["auroc_low"] == pytest.approx(areas["auroc_low"])
+    rare = area_intervals(random.random((30, 30)), np.arange(30))  # no draw holds every class
+    assert rare["auroc_low"] < 0.5 < rare["auroc_high"]
     assert area_intervals(np.ones((4, 2)) / 2, np.zeros(4, int)) == {}
     assert spearman_interval(predicted[:40], target[:40], groups[:40]) == {}  # one group tells no spread
 
@@ -61,11 +66,13 @@ def test_strata_hold_every_item_once_and_show_where_errors_sit(tmp_path):
     assert [path.name for path in files] == ["strata.csv", "strata.png"]
     with files[0].open() as file:
         rows = list(csv.DictReader(file))
-    for trait in ("GC share", "letters"):
+    for trait in ("GC share", "length"):
         assert sum(int(row["items"]) for row in rows if row["by"] == trait) == 300
     by_share = [row for row in rows if row["by"] == "GC share"]
     assert float(by_share[0]["accuracy"]) == 1
     assert float(by_share[-1]["accuracy"]) < 0.7
     assert float(by_share[-1]["accuracy_low"]) < float(by_share[-1]["accuracy"]) < float(by_share[-1]["accuracy_high"])
+    few = np.stack([np.where(np.arange(300) < 8, 111, 110), np.full(300, np.nan)], 1)
+    assert write_strata(tmp_path, few, lambda n: {"accuracy": 1.0}) == []  # eight are too few to be a stratum
     alike = np.stack([np.full(300, 41), np.full(300, np.nan)], 1)  # proteins of one length
     assert write_strata(tmp_path, alike, lambda n: {"accuracy": 1.0}) == []
