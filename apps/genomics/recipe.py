@@ -220,7 +220,7 @@ class PredictSection(Section):
     """FASTA or GenBank that BED and VCF files point into; for mutation lists the wild type. null: data.reference."""
     context: int | None = Field(None, ge=2)
     """Bases around a variant that are scored; null: as many as the model was trained on."""
-    against: str | None = None
+    against: str | int | None = None
     """Column of a mutation list with measured effects: the rank correlation of the scores with it is told."""
     stream: bool = False
     """Read a sequence of any length in one pass through the state of a causal model, in constant memory."""

@@ -60,7 +60,7 @@ def predict_variants(
         told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         log.warning("%d of %d variants are not scored: %s", sum(skipped.values()), len(found.variants), told)
     if settings.against is not None:
-        name, figures = agreement(found.variants, scores, settings.against)
+        name, figures = agreement(found.variants, scores, str(settings.against))
         told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
         log.info("%s against %s  %s", name, settings.against, told)
     if as_vcf:
