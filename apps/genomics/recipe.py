@@ -198,7 +198,8 @@ class ModelSection(Section):
     class_weights: bool = False
     """Weigh the classes of the loss by the inverse of their share."""
     mask_share: Share = 0.15
-    """Share of tokens that a masked model has to fill in; of those 80 % are masked, 10 % replaced, 10 % kept."""
+    """Share of tokens that a masked model has to fill in; in training 80 % of those are masked, 10 % replaced,
+    10 % kept, in evaluation all are masked."""
     pretrained: str | None = None
     """Folder or checkpoint of a run whose embedding, stem and backbone are the start, such as runs/pretrain."""
 

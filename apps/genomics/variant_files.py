@@ -62,7 +62,7 @@ def predict_variants(
     if settings.against is not None:
         name, figures = agreement(found.variants, scores, str(settings.against))
         told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        log.info("%s against %s  %s", name, settings.against, told)
+        log.warning("%s against %s  %s", name, settings.against, told)  # predict shows nothing below a warning
     if as_vcf:
         return _write_vcf(output, found, scores)
     return write_table(output, _rows(found.variants, scores, bool(found.header)))
