@@ -99,7 +99,6 @@ class SequenceModel(nn.Module):
             Letters(self.tokens, dim) if self.tokens.is_char else nn.Embedding(self.tokens.size, dim)
         )
         self.stem = Stem(dim, model.stem, self.causal, backbone.dropout) if model.stem else None
-        self.phase = nn.Embedding(model.period, dim) if model.period else None
         options = {**backbone.model_dump(), "attention": recipe.attention}
         if options["positions"] is None:
             options["positions"] = self._positions(bool(model.stem))
@@ -147,10 +146,7 @@ class SequenceModel(nn.Module):
     def embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What goes into the encoder, [B, N, D]."""
         x = self.embed(ids)
-        x = x if self.stem is None else self.stem(x, mask)
-        if self.phase is None:
-            return x
-        return x + self.phase(torch.arange(x.shape[1], device=x.device) % self.phase.num_embeddings)
+        return x if self.stem is None else self.stem(x, mask)
 
     def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
         """One vector per sequence, [B, N, D] -> [B, D] (flat: [B, N * D])."""

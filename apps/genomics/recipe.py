@@ -184,8 +184,6 @@ class ModelSection(Section):
     strand: Literal["none", "augment", "average", "tied"] = "none"
     """Which strand is read. augment: in training either one by chance; average: that, and both in evaluation; tied:
     both always, with shared weights, so that the answer for the other strand is the mirrored answer by construction."""
-    period: int | None = Field(None, ge=2, le=64)
-    """Tell positions apart by their remainder modulo this: 3 lets attention keep the reading frames of codons apart."""
     pool: Literal["mean", "max", "attend", "flat"] = "mean"
     """How a sequence becomes one vector; flat keeps every position apart and needs sequences of one length."""
     shortcut: str = "none"
@@ -276,8 +274,6 @@ class GenomicsRecipe(Recipe):
             raise ValueError(f"model.strand={model.strand}: a protein has no second strand")
         if model.strand == "tied" and self.task == "causal":
             raise ValueError("model.strand=tied would let a causal model read the future; use augment or average")
-        if model.period is not None and self.task == "causal":
-            raise ValueError("model.period counts from the start of a stretch, which a causal stream has not")
         if language and model.strand != "none" and data.tokens != "char":
             raise ValueError(f"model.strand={model.strand} with task={self.task} needs data.tokens=char")
         kind, _ = shortcut_parts(model.shortcut)
