@@ -75,7 +75,7 @@ class Alphabet:
         wrong = np.flatnonzero(codes == UNKNOWN)
         if len(wrong):
             at = int(wrong[0])
-            raise UserError(f"{where}: {self._complaint(text[at], text)} at position {at + 1}")
+            raise UserError(f"{where}, position {at + 1}: {self._complaint(text[at], text)}")
         return codes
 
     def decode(self, codes: np.ndarray) -> str:
@@ -94,7 +94,7 @@ class Alphabet:
             return "white space inside the sequence"
         hint = ""
         if self.name == "dna" and not set(text.upper()) - set(PROTEIN.letters):
-            hint = "; for proteins say data.alphabet=protein"
+            hint = "; proteins need data.alphabet=protein in the recipe"
         return f"{letter!r} is not a letter of {self.name} ({self.letters}){hint}"
 
 

@@ -7,8 +7,8 @@ labels is flipped, so nothing is right more often than 1 - noise.
 
 import numpy as np
 
-from apps.genomics.recipe import GeneratedSection
-from apps.genomics.sequences import Record
+from apps.genomics.data_section import GeneratedSection
+from apps.genomics.records import Record
 
 FIRST, SECOND = "GATTACAG", "TGCCATGC"  # A and B
 CLASSES = ("B before A", "A before B")

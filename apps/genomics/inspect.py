@@ -3,6 +3,7 @@
 saliency.csv, ID.png          gradient of the answer times the letter, per position
 attention-ID.png, .npz        mean attention of all layers and heads; for proteins also corrected for what every
                               position attracts (average product correction), as for contact maps
+mutagenesis.csv, mutagenesis-ID.png   what every substitution does; not for answers per base
 """
 
 from collections.abc import Callable
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor
 
 from apps.genomics.alphabet import ALPHABETS
-from apps.genomics.data import encode
+from apps.genomics.coding import encode
+from apps.genomics.inputs import check_length, counts_positions, read_input
 from apps.genomics.items import padded
 from apps.genomics.language import LanguageTask
-from apps.genomics.predict import check_length, read_input
+from apps.genomics.mutagenesis import LETTERS, draw_map, substitutions
 from apps.genomics.recipe import GenomicsRecipe
-from apps.genomics.results import write_csv
-from apps.genomics.sequences import Record
-from apps.genomics.task import GenomicsTask
+from apps.genomics.records import Record
+from apps.genomics.tables import write_table
+from apps.genomics.task import BaseTask, GenomicsTask, SequenceTask
 from core.attention.maps import attention_rows
 from core.training.figures import canvas
 from core.training.run import LoadedRun
@@ -43,23 +45,44 @@ def inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     assert isinstance(recipe, GenomicsRecipe)
     records = read_input(run.spec, recipe.predict, input)[:RECORDS]
     alphabet, tokens = ALPHABETS[run.spec["tokens"]["alphabet"]], task.model.tokens
-    files, rows = [], []
+    files, rows, effects = [], [], []
     for record, codes in zip(records, encode(records, alphabet)):
-        ids, mask = padded([tokens.encode(codes)[:LONGEST]])
+        # A model that was built for one length is shown all of it.
+        size = None if counts_positions(task) else LONGEST
+        ids, mask = padded([tokens.encode(codes)[:size]])
         check_length(task, record, ids.shape[1])
         stem = output / _file_name(record.id)
         if tokens.is_char:
             track = saliency(task, ids, mask)
             letters = alphabet.decode(codes[: len(track)])
             rows += [
-                {"id": record.id, "position": record.start + at + 1, "letter": letter, "saliency": f"{value:.6g}"}
+                {"id": record.id, "position": record.position(at), "letter": letter, "saliency": f"{value:.6g}"}
                 for at, (letter, value) in enumerate(zip(letters, track))
             ]
             files.append(_draw_track(stem.with_suffix(".png"), record, track))
         files += _attention(task, ids, mask, record, stem, alphabet.name == "protein")
-    if rows:
-        files.insert(0, write_csv(output / "saliency.csv", rows))
+        if not isinstance(task, BaseTask):
+            with torch.no_grad():
+                found = list(substitutions(task, recipe.predict, record, 0, LONGEST))
+            effects += found
+            if found:
+                picture = stem.with_name(f"mutagenesis-{stem.name}.png")
+                files.append(draw_map(picture, record, found, _effect(task, ids, mask), LETTERS[alphabet.name]))
+    for name, table in (("saliency.csv", rows), ("mutagenesis.csv", effects)):
+        if table:
+            files.insert(0, write_table(output / name, table))
     return files
+
+
+def _effect(task: GenomicsTask, ids: Tensor, mask: Tensor) -> str:
+    """The effect that is drawn: on the second of two classes, on the likeliest of several, on the first target."""
+    if not isinstance(task, SequenceTask):
+        return "llr"
+    if task.recipe.task != "classification":
+        return f"difference_{task.names[0]}"
+    with torch.no_grad():
+        said = task.predicted({"ids": ids, "mask": mask})[0]
+    return f"difference_{task.names[1 if len(said) == 2 else int(said.argmax())]}"
 
 
 def saliency(task: GenomicsTask, ids: Tensor, mask: Tensor) -> np.ndarray:
@@ -121,8 +144,7 @@ def corrected(attention: np.ndarray) -> np.ndarray:
 def _draw_track(path: Path, record: Record, track: np.ndarray) -> Path:
     with canvas(path, 9, 2.6) as figure:
         axes = figure.add_subplot()
-        first = record.start + 1
-        axes.bar(np.arange(first, first + len(track)), track, width=1.0)
+        axes.bar([record.position(at) for at in range(len(track))], track, width=1.0)
         shown = f"{record.contig or record.id}"[:40]
         axes.set(xlabel=f"position in {shown}", ylabel="gradient x letter", title="Saliency of the likeliest answer")
     return path

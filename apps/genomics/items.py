@@ -106,6 +106,12 @@ class Items(Dataset):
             batch["target"] = self._targets(chosen, where)
         return batch
 
+    def stitch(self, whole: Sequence[np.ndarray], numbers: Sequence[int], answers: np.ndarray) -> None:
+        """Write answers [B, N, ...] about the stretches `numbers` where they are scored into arrays per sequence."""
+        for number, answer in zip(numbers, answers):
+            s = self.stretches[number]
+            whole[s.sequence][s.first : s.last] = answer[s.first - s.start : s.last - s.start]
+
     def _targets(self, chosen: list[Stretch], where: Tensor) -> Tensor:
         assert self.targets is not None
         first = self.targets[chosen[0].sequence]

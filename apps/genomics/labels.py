@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from apps.genomics.sequences import Record
+from apps.genomics.records import Record
 from core.attention.registry import nearest
 from core.training.errors import UserError
 

@@ -12,7 +12,9 @@ from apps.genomics.metrics import language_figures
 from apps.genomics.recipe import GenomicsRecipe
 from apps.genomics.results import write_language
 from apps.genomics.strand import chosen, other_strand
+from apps.genomics.strata import write_strata
 from apps.genomics.task import GenomicsTask
+from core.training.scores import Scores
 
 KEPT, REPLACED = 0.1, 0.1
 """Of the tokens that a masked model is asked, so many are left as they are and so many replaced by a random one."""
@@ -34,7 +36,8 @@ class LanguageTask(GenomicsTask):
         """Forget what the last pass kept."""
         self.nats: list[np.ndarray] = []
         self.counts: list[np.ndarray] = []
-        self.right = self.asked = 0
+        self.asked: list[np.ndarray] = []
+        self.right = 0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy of the tokens that are asked."""
@@ -88,16 +91,22 @@ class LanguageTask(GenomicsTask):
         self.nats.append((nats * asked).double().sum(1).cpu().numpy())
         self.counts.append((self.bases[ids] * asked).sum(1).cpu().numpy())
         self.right += int(((logits.argmax(-1) == ids) & asked).sum())
-        self.asked += int(asked.sum())
+        self.asked.append(asked.sum(1).cpu().numpy())
 
     def eval_compute(self) -> dict[str, float]:
         """Perplexity, nats and bits per base, and the share of tokens that were guessed."""
         is_test, self.part = self.part == "test", ""
-        nats, counts = np.concatenate(self.nats), np.concatenate(self.counts).astype(np.float64)
-        self.tested = nats, counts
-        found = language_figures(nats, counts, is_test, self.prefix)
-        return found | {f"{self.prefix}accuracy": self.right / max(1, self.asked)}
+        nats, bases, asked = (np.concatenate(part) for part in (self.nats, self.counts, self.asked))
+        self.tested = nats, bases
+        tokens = None if self.model.tokens.is_char else asked
+        found = language_figures(nats, bases, is_test, self.prefix, tokens=tokens)
+        return found | {f"{self.prefix}accuracy": self.right / max(1, asked.sum())}
 
     def artifacts(self, run_dir: Path) -> list[Path]:
         """Bits per base of every stretch of the test part."""
-        return write_language(run_dir, *self.tested)
+        nats, bases = self.tested
+
+        def score(items: np.ndarray) -> Scores:
+            return {"bits_per_base": float(nats[items].sum() / max(1, bases[items].sum()) / np.log(2))}
+
+        return write_language(run_dir, nats, bases) + write_strata(run_dir, np.concatenate(self.traits), score)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from apps.genomics.ranking import area_intervals
 from core.training.scores import Scores, classification, from_confusion, multilabel, regression
 from core.training.statistics import bootstrap_each
 
@@ -45,7 +46,8 @@ def sequence_figures(
 
 def _figures(task: str, predicted: np.ndarray, target: np.ndarray, names: Sequence[str], intervals: bool) -> Scores:
     if task == "classification":
-        return classification(predicted, target, intervals=intervals)
+        found = classification(predicted, target, intervals=intervals)
+        return found | (area_intervals(predicted, target) if intervals else {})
     if task == "multilabel":
         return multilabel(predicted, target, intervals=intervals)
     each = [regression(predicted[:, t], target[:, t], intervals=intervals) for t in range(target.shape[1])]
@@ -56,6 +58,18 @@ def _figures(task: str, predicted: np.ndarray, target: np.ndarray, names: Sequen
         name: float(np.mean([one[name] for one in each])) for name in each[0] if not name.endswith(("_low", "_high"))
     }
     return mean | {f"spearman_{name}": one["spearman"] for name, one in zip(names, each)}
+
+
+def plain_figures(task: str, predicted: np.ndarray, target: np.ndarray) -> Scores:
+    """Two figures of answers about sequences that cost little, for many small parts of a test."""
+    if task == "classification":
+        found = from_confusion(confusion(predicted.argmax(1), target, predicted.shape[1]))
+        return {name: found[name] for name in ("accuracy", "mcc")}
+    if task == "multilabel":
+        right = (predicted >= 0.5) == (target > 0.5)
+        return {"accuracy": float(right.mean()), "exact_match": float(right.all(1).mean())}
+    each = [regression(predicted[:, t], target[:, t]) for t in range(target.shape[1])]
+    return {name: float(np.mean([one[name] for one in each])) for name in ("spearman", "mae")}
 
 
 def base_figures(confusions: np.ndarray, intervals: bool = False) -> Scores:
@@ -101,21 +115,32 @@ def number_figures(sums: np.ndarray, intervals: bool = False) -> Scores:
     return score(sums) | (_ends(score, sums) if intervals and len(sums) > 1 else {})
 
 
-def language_figures(nats: np.ndarray, bases: np.ndarray, intervals: bool = False, prefix: str = "") -> Scores:
-    """Perplexity per base, nats and bits, from sums per item; items without an asked base count for nothing."""
+def language_figures(
+    nats: np.ndarray,
+    bases: np.ndarray,
+    intervals: bool = False,
+    prefix: str = "",
+    *,
+    tokens: np.ndarray | None = None,
+) -> Scores:
+    """Perplexity per base, nats and bits, from sums per item; items without an asked base count for nothing.
 
-    def score(n: np.ndarray, b: np.ndarray) -> Scores:
-        each = float(n.sum() / max(b.sum(), 1))
-        return {
-            f"{prefix}perplexity": float(np.exp(min(each, 50.0))),
-            f"{prefix}nats_per_base": each,
-            f"{prefix}bits_per_base": each / float(np.log(2)),
-        }
+    Args:
+        nats, bases: [items], of what was asked.   intervals: of the perplexities, over items.
+        tokens: [items], how many tokens were asked, where a token is not a letter: also the perplexity per token,
+            which depends on the tokens and cannot be compared between them.
+    """
+    counts = {"perplexity": bases} | ({} if tokens is None else {"perplexity_per_token": tokens})
 
-    found = score(nats, bases)
+    def score(n: np.ndarray, *units: np.ndarray) -> Scores:
+        each = [float(n.sum() / max(unit.sum(), 1)) for unit in units]
+        found = {f"{prefix}{name}": float(np.exp(min(value, 50.0))) for name, value in zip(counts, each)}
+        return found | {f"{prefix}nats_per_base": each[0], f"{prefix}bits_per_base": each[0] / float(np.log(2))}
+
+    found = score(nats, *counts.values())
     if not intervals or len(nats) < 2:
         return found
-    return found | {name: value for name, value in _ends(score, nats, bases).items() if "perplexity" in name}
+    return found | {name: value for name, value in _ends(score, nats, *counts.values()).items() if "perplexity" in name}
 
 
 def _ends(score, *arrays: np.ndarray) -> Scores:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.genomics.alphabet import ALPHABETS
+from apps.genomics.packing import laid_out, offsets, padded_again
 from apps.genomics.recipe import LANGUAGE, PER_BASE, GenomicsRecipe
 from apps.genomics.shortcuts import Shortcut, build_shortcut
 from apps.genomics.strand import chosen, flipped, other_strand
@@ -61,6 +62,12 @@ class Stem(nn.Module):
         """Tokens before a position that it can see."""
         return sum(layer.kernel_size[0] - 1 for layer in self.layers)  # type: ignore[index, operator]
 
+    @property
+    def gap(self) -> int:
+        """Empty places between two sequences of one row, so that neither sees the other."""
+        widest: int = max(layer.kernel_size[0] for layer in self.layers)  # type: ignore[index, operator, assignment]
+        return widest - 1 if self.causal else widest // 2
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]; a masked token counts as 0."""
         for norm, layer in zip(self.norms, self.layers):
@@ -92,6 +99,7 @@ class SequenceModel(nn.Module):
         self.tokens = Tokens.from_spec(spec["tokens"])
         self.task, self.strand, self.pool, self.fixed = task, model.strand, model.pool, spec["fixed"]
         self.per_token, self.causal = task in PER_BASE or task in LANGUAGE, task == "causal"
+        self.packing = recipe.data.packing
         dim, outputs = backbone.dim, self.tokens.targets if task in LANGUAGE else len(spec["names"])
         if self.fixed is None and not self.per_token and self.pool == "flat":
             raise ValueError("model.pool=flat needs sequences of one length, and these differ; use mean or attend")
@@ -140,8 +148,12 @@ class SequenceModel(nn.Module):
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What the encoder makes of the tokens of one strand, [B, N, D]."""
-        x = self.embedded(ids, mask)
-        return self.encoder(x, key_mask=None if bool(mask.all()) else mask)
+        whole = bool(mask.all())
+        if self.packing and not whole:
+            row, real = laid_out(ids, mask, self.stem.gap if self.stem is not None else 0)
+            x = self.encoder(self.embedded(row, real)[:, real[0]], cu_seqlens=offsets(mask))
+            return padded_again(x, mask)
+        return self.encoder(self.embedded(ids, mask), key_mask=None if whole else mask)
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What goes into the encoder, [B, N, D]."""
@@ -172,6 +184,7 @@ class SequenceModel(nn.Module):
         if self.strand == "none" or self.causal or (self.strand == "augment" and not self.training):
             return self.answer(ids, mask)
         if other_ids is None or other_mask is None:
+            assert self.tokens.is_char, "the other strand of tokens of several letters has to be given"
             other_ids, other_mask = other_strand(ids, mask, self.complement), mask
         if self.strand == "tied":
             return self._tied(ids, mask, other_ids, other_mask)

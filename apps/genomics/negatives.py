@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from apps.genomics.recipe import PLAIN, DataSection
-from apps.genomics.sequences import Record, read_records
+from apps.genomics.data_section import PLAIN, DataSection
+from apps.genomics.records import Record
+from apps.genomics.sequences import read_records
 from core.training.errors import UserError
 from core.training.files import find_file
 

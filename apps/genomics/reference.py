@@ -11,6 +11,11 @@ from core.attention.registry import nearest
 from core.training.errors import UserError
 from core.training.rows import kind
 
+PAIRS = {**DNA.pairs, "U": "A"}
+OTHER = str.maketrans(
+    "".join(PAIRS) + "".join(PAIRS).lower(), "".join(PAIRS.values()) + "".join(PAIRS.values()).lower()
+)
+
 
 class Reference:
     """Contigs by name; a stretch of one costs memory for that stretch only.
@@ -29,7 +34,7 @@ class Reference:
         if not path.is_file():
             raise UserError(f"there is no reference file {path}")
         if kind(path) in (".gb", ".gbk", ".gbff", ".embl"):
-            from apps.genomics.sequences import parse_annotated
+            from apps.genomics.annotated import parse_annotated
 
             form = "embl" if kind(path) == ".embl" else "genbank"
             contigs = {record.id: str(record.seq) for record in parse_annotated(path, form, {})}
@@ -91,5 +96,5 @@ class Reference:
         inside = str(self.contigs[contig][max(0, start) : max(0, min(end, length))])
         text = "N" * max(0, -start) + inside + "N" * max(0, end - max(length, start))
         if strand == "-":
-            text = DNA.decode(DNA.reverse_complement(DNA.encode(text, where)))
+            text = text.translate(OTHER)[::-1]  # in the case that it has: lower case may be masked
         return text

@@ -1,11 +1,11 @@
 """Files written after the test: predictions with ids, figures by length, and plots."""
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from apps.genomics.tables import write_table
 from core.training.figures import canvas, draw_calibration, draw_confusion, draw_curves, draw_scatter
 
 
@@ -29,7 +29,7 @@ def write_sequences(
             told |= {f"label_{name}": f"{value:.6g}" for name, value in zip(names, truth)}
             told |= {f"predicted_{name}": f"{value:.6g}" for name, value in zip(names, guess)}
         rows.append(told)
-    files = [write_csv(run_dir / "predictions.csv", rows)]
+    files = [write_table(run_dir / "predictions.csv", rows)]
     if task == "classification":
         labels = target.astype(int)
         files.append(draw_confusion(run_dir / "confusion.png", labels, predicted.argmax(1), names))
@@ -58,7 +58,7 @@ def write_bases(
         return [draw_scatter(run_dir / "scatter.png", predicted[:, None], target[:, None], names)]
     counts = sums.sum(0)
     rows = [{"true": name, **{other: int(n) for other, n in zip(names, row)}} for name, row in zip(names, counts)]
-    files = [write_csv(run_dir / "confusion.csv", rows)]
+    files = [write_table(run_dir / "confusion.csv", rows)]
     files.append(draw_confusion(run_dir / "confusion.png", target, predicted.argmax(1), names))
     if len(np.unique(target)) > 1:
         files.append(draw_curves(run_dir / "curves.png", predicted, target, names))
@@ -74,20 +74,9 @@ def write_language(run_dir: Path, nats: np.ndarray, bases: np.ndarray) -> list[P
         {"stretch": int(n), "bases": int(b), "bits_per_base": f"{bit:.5f}"}
         for n, b, bit in zip(np.flatnonzero(asked), bases[asked], bits)
     ]
-    files = [write_csv(run_dir / "bits.csv", rows)]
+    files = [write_table(run_dir / "bits.csv", rows)]
     with canvas(run_dir / "bits.png", 5, 3) as figure:
         axes = figure.add_subplot()
         axes.hist(bits, bins=min(40, max(5, len(bits) // 5)), weights=bases[asked])
         axes.set(xlabel="bits per base", ylabel="bases", title=f"{len(bits)} stretches of the test part")
     return [*files, run_dir / "bits.png"]
-
-
-def write_csv(path: Path, rows: Iterable[dict]) -> Path:
-    """Rows of equal keys as a CSV file; an empty list gives an empty file."""
-    rows = list(rows)
-    with path.open("w", newline="") as file:
-        if rows:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from apps.genomics.data_section import PLAIN, DataSection, Files
 from apps.genomics.features import label_places
 from apps.genomics.intervals import read_bed, read_gff
 from apps.genomics.negatives import add_negatives
-from apps.genomics.recipe import PLAIN, DataSection, Files
-from apps.genomics.sequences import Reading, Record, form_of, read_records
+from apps.genomics.records import Reading, Record
+from apps.genomics.sequences import form_of, read_records
 from core.training.errors import UserError
 from core.training.files import find_file
 from core.training.rows import HUB

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from apps.genomics.alphabet import Alphabet
+from apps.genomics.data_section import DataSection
 from apps.genomics.kmers import clusters
-from apps.genomics.recipe import DataSection
-from apps.genomics.sequences import Record
+from apps.genomics.records import Record
 from core.training.errors import UserError
 
 PARTS = ("train", "val", "test")
@@ -23,6 +23,8 @@ SPELLED = {
     "testing": "test",
 }
 """How files call the parts."""
+FEW = 10
+"""Fewer sequences than this are chromosomes rather than examples."""
 
 
 class Span(NamedTuple):
@@ -141,6 +143,6 @@ def _not_empty(counts: dict[str, int], options: DataSection) -> None:
     for part, count in counts.items():
         if count == 0 and not (part == "test" and options.split == "given"):
             have = ", ".join(f"{name} {number}" for name, number in counts.items())
-            raise UserError(
-                f"split={options.split} leaves the {part} part without a sequence ({have}); change the shares"
-            )
+            few = sum(counts.values()) < FEW and options.split != "positions"
+            how = "say data.split=positions to cut each sequence, or change the shares" if few else "change the shares"
+            raise UserError(f"split={options.split} leaves the {part} part without a sequence ({have}); {how}")

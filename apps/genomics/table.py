@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from apps.genomics.data_section import DataSection
 from apps.genomics.intervals import Place, place_of
-from apps.genomics.recipe import DataSection
 from core.attention.registry import nearest
 from core.training.errors import UserError
 from core.training.rows import check_columns, decoding, kind, open_text, read_rows
@@ -146,10 +146,10 @@ def _found(names: list[str], what: str) -> str | None:
 def plain_letters(text: str) -> str:
     """The bare sequence of a cell: words of overlapping k-mers are put together, other white space is dropped."""
     words = text.split()
-    if len(words) < 3:
-        return "".join(words)
-    k = len(words[0])
-    if k > 1 and all(len(b) == k and a[1:] == b[:-1] for a, b in pairwise(words)):
+    k = len(words[0]) if words else 0
+    # That two words of two letters overlap by one is more likely chance.
+    several = len(words) > 2 if k == 2 else len(words) > 1 and k > 2
+    if several and all(len(b) == k and a[1:] == b[:-1] for a, b in pairwise(words)):
         return words[0] + "".join(word[-1] for word in words[1:])
     return "".join(words)
 

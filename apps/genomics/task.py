@@ -15,12 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apps.genomics.labels import UNSCORED
-from apps.genomics.metrics import RANKED, base_figures, confusion, moments, number_figures, sequence_figures
+from apps.genomics.metrics import (
+    RANKED,
+    base_figures,
+    confusion,
+    moments,
+    number_figures,
+    plain_figures,
+    sequence_figures,
+)
 from apps.genomics.model import SequenceModel, build_model
+from apps.genomics.ranking import area_intervals, spearman_interval
 from apps.genomics.recipe import LANGUAGE, PER_BASE, GenomicsRecipe
 from apps.genomics.results import write_bases, write_sequences
+from apps.genomics.strata import write_strata
 from core.training.pretrained import load_pretrained
-from core.training.scores import classification, regression
+from core.training.scores import Scores, classification, regression
 from core.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -64,9 +74,13 @@ class GenomicsTask(Task):
         raise NotImplementedError
 
     def _enter(self, batch: dict[str, Any]) -> None:
+        """A pass begins when the part changes; of the test part, length and GC share of every item are kept."""
         if self.part != batch["part"]:
             self.part = batch["part"]
+            self.traits: list[np.ndarray] = []
             self.start_pass(self.part)
+        if self.part == "test":
+            self.traits.append(self.model.tokens.traits(batch["ids"].cpu().numpy(), batch["mask"].cpu().numpy()))
 
 
 class SequenceTask(GenomicsTask):
@@ -130,7 +144,12 @@ class SequenceTask(GenomicsTask):
 
     def artifacts(self, run_dir: Path) -> list[Path]:
         """Predictions of the test part with ids, and plots."""
-        return write_sequences(run_dir, self.recipe.task, self.names, self.spec["test_ids"], *self.tested)
+        task, (predicted, target, index) = self.recipe.task, self.tested
+        files = write_sequences(run_dir, task, self.names, self.spec["test_ids"], predicted, target, index)
+        left_out = self.spec["copied"].get("test", []) if self.recipe.data.leaks == "drop" else []
+        rows = np.flatnonzero(~np.isin(index, left_out))
+        traits = np.concatenate(self.traits)[rows]
+        return files + write_strata(run_dir, traits, lambda n: plain_figures(task, predicted[rows[n]], target[rows[n]]))
 
 
 class BaseTask(GenomicsTask):
@@ -151,6 +170,7 @@ class BaseTask(GenomicsTask):
         """Forget what the last pass kept."""
         self.sums: list[np.ndarray] = []
         self.kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self.sizes: list[np.ndarray] = []  # scored bases of each stretch that is kept
         self.bases = 0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -182,6 +202,7 @@ class BaseTask(GenomicsTask):
         if self.part == "test" and self.bases < RANKED:
             known = target != UNSCORED if classes else ~np.isnan(target)
             self.kept.append((predicted[known], target[known]))
+            self.sizes.append(known.sum(1))
             self.bases += int(known.sum())
 
     def eval_compute(self) -> dict[str, float]:
@@ -189,22 +210,34 @@ class BaseTask(GenomicsTask):
         is_test, self.part = self.part == "test", ""
         sums = np.stack(self.sums)
         self.tested = sums
-        if self.recipe.task != "tokens":
-            found = number_figures(sums, is_test)
-            return found if not is_test else {**self._ranked(regression, ("spearman",)), **found}
-        return base_figures(sums, is_test) | (self._ranked(classification, ("auroc", "auprc")) if is_test else {})
+        if self.recipe.task == "tokens":
+            return base_figures(sums, is_test) | (self._ranked() if is_test else {})
+        return (self._ranked() if is_test else {}) | number_figures(sums, is_test)
 
-    def _ranked(self, score: Any, names: tuple[str, ...]) -> dict[str, float]:
-        """Figures that need all bases at once, where there are not too many."""
+    def _ranked(self) -> Scores:
+        """Figures that need all bases at once, where there are not too many, with intervals over stretches."""
         if self.bases >= RANKED or not self.kept:
             return {}
         predicted, target = (np.concatenate(part) for part in zip(*self.kept))
-        found = score(predicted, target)
-        return {name: found[name] for name in names if name in found}
+        sizes = np.concatenate(self.sizes)
+        stretch = np.repeat(np.arange(len(sizes)), sizes)
+        if self.recipe.task != "tokens":
+            found = {"spearman": regression(predicted, target)["spearman"]}
+            return found | spearman_interval(predicted, target, stretch)
+        figures = classification(predicted, target)
+        found = {name: figures[name] for name in ("auroc", "auprc") if name in figures}
+        return found | area_intervals(predicted, target, stretch)
 
     def artifacts(self, run_dir: Path) -> list[Path]:
         """Plots of the bases of the test part."""
-        return write_bases(run_dir, self.recipe.task, self.names, self.tested, self.kept)
+        figures = base_figures if self.recipe.task == "tokens" else number_figures
+
+        def score(items: np.ndarray) -> Scores:
+            found = figures(self.tested[items])
+            return {name: found[name] for name in ("accuracy", "mcc", "pearson", "mae") if name in found}
+
+        files = write_bases(run_dir, self.recipe.task, self.names, self.tested, self.kept)
+        return files + write_strata(run_dir, np.concatenate(self.traits), score)
 
 
 def class_weights(spec: dict[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ perplexity is per base whatever the tokens are. Then come ambiguous letters, and
 
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,40 @@ class Tokens:
         anything = self.letters + self.alphabet.letters.index("N")
         rest = codes[(whole - 1) * self.stride + self.k :] if self.stride > 1 else codes[:0]
         return np.concatenate([np.where(clean, ids, anything), rest.astype(np.int64) + self.letters]).astype(np.int32)
+
+    def widths(self, ids: np.ndarray, letters: int) -> np.ndarray:
+        """Letters [N] that each token of a sequence of so many letters stands for; not for overlapping k-mers."""
+        if self.kind == "kmer":
+            # By place, because a k-mer with an ambiguous letter has the id of one letter.
+            whole = letters // self.k
+            return np.concatenate([np.full(whole, self.k), np.ones(len(ids) - whole, dtype=np.int64)])
+        return self.bases[ids]
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """[size, 2]: plain letters of each token, and how many of them are G or C; of overlapping k-mers the first."""
+        strong = np.array([letter in "GC" for letter in self.alphabet.atoms])
+        counts = np.zeros((self.size, 2))
+        if self.kind == "bpe":
+            pieces = [self.bpe.id_to_token(i) for i in range(self.mask)]
+            counts[: self.mask, 0] = [sum(letter in self.alphabet.atoms for letter in piece) for piece in pieces]
+            counts[: self.mask, 1] = [sum(letter in "GC" for letter in piece) for piece in pieces]
+            return counts
+        atoms = len(self.alphabet.atoms)
+        counts[self.letters : self.letters + atoms] = np.stack([np.ones(atoms), strong], 1)
+        if self.kind == "kmer":
+            digits = np.arange(self.letters)[:, None] // atoms ** np.arange(self.k - 1, -1, -1) % atoms
+            digits = digits if self.stride > 1 else digits[:, :1]
+            counts[: self.letters] = np.stack([np.full(self.letters, digits.shape[1]), strong[digits].sum(1)], 1)
+        return counts
+
+    def traits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """[B, 2] of a batch [B, N]: plain letters, and the share of G and C among them (NaN for proteins)."""
+        counts = (self._counts[ids] * mask[..., None]).sum(1)
+        share = counts[:, 1] / np.maximum(counts[:, 0], 1)
+        if self.alphabet.complement is None:
+            share = np.full(len(ids), np.nan)
+        return np.stack([counts[:, 0], share], 1)
 
     def to_spec(self) -> dict[str, Any]:
         """Plain JSON types for the checkpoint."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from apps.genomics.features import NOTHING
-from apps.genomics.sequences import Record
+from apps.genomics.records import Record
 from apps.genomics.tables import TABLES, write_table
 from core.training.errors import UserError
 

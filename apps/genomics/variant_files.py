@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from apps.genomics.agreement import agreement
-from apps.genomics.recipe import PLAIN, PredictSection
+from apps.genomics.data_section import PLAIN
+from apps.genomics.recipe import PredictSection
 from apps.genomics.reference import Reference
 from apps.genomics.scoring import Window, score_windows
 from apps.genomics.sequences import form_of, read_records
 from apps.genomics.tables import write_table
 from apps.genomics.task import GenomicsTask
-from apps.genomics.variants import Variant, VariantFile, check_reference, read_variants
+from apps.genomics.variants import Variant, VariantFile, check_letters, check_reference, read_variants
 from core.training.errors import UserError
 from core.training.rows import kind
 
@@ -41,10 +42,11 @@ def predict_variants(
     if as_vcf and not found.header:
         raise UserError(f"{output}: a mutation list is written as a table (.csv .tsv .jsonl .parquet)")
     reference = open_reference(settings, spec, path)
-    size = settings.context or min(spec["longest"], LONGEST)
+    size = window_size(task, settings)
     windows, ready = [], []
     for variant in found.variants:
         contig = _contig(variant, reference)
+        check_letters(variant, task.model.tokens.alphabet)
         if not variant.skipped:
             window = cut_window(variant, reference, contig, size)
             if not variant.skipped:
@@ -53,12 +55,16 @@ def predict_variants(
     scores: dict[int, dict[str, float]] = {}
     for at in range(0, len(windows), settings.batch_size):
         part = windows[at : at + settings.batch_size]
-        for variant, score in zip(ready[at:], score_windows(task, part)):
+        for variant, score in zip(
+            ready[at:], score_windows(task, part, flank=settings.flank, size=settings.batch_size)
+        ):
             scores[id(variant)] = score
-    skipped = Counter(variant.skipped.split(",")[0].split(" is ")[0] for variant in found.variants if variant.skipped)
+    skipped = Counter(_reason(variant) for variant in found.variants if variant.skipped)
     if skipped:
         told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         log.warning("%d of %d variants are not scored: %s", sum(skipped.values()), len(found.variants), told)
+    if not found.variants:
+        log.warning("%s lists no variant", path)
     if settings.against is not None:
         name, figures = agreement(found.variants, scores, str(settings.against))
         told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
@@ -66,6 +72,11 @@ def predict_variants(
     if as_vcf:
         return _write_vcf(output, found, scores)
     return write_table(output, _rows(found.variants, scores, bool(found.header)))
+
+
+def window_size(task: GenomicsTask, settings: PredictSection) -> int:
+    """Letters around a variant that are scored."""
+    return settings.context or min(task.spec["longest"], LONGEST)
 
 
 def open_reference(settings: PredictSection, spec: dict[str, Any], path: Path) -> Reference:
@@ -85,6 +96,12 @@ def open_reference(settings: PredictSection, spec: dict[str, Any], path: Path) -
     records = read_records(str(given), options, labels=False).records
     contigs = {record.id: record.sequence for record in records}
     return Reference(Path(given), contigs, {name: len(text) for name, text in contigs.items()})
+
+
+def _reason(variant: Variant) -> str:
+    """Why a variant is skipped, without what differs between variants."""
+    reason = variant.skipped.split(",")[0]
+    return "REF differs from the reference" if reason.startswith("REF is") else reason
 
 
 def _contig(variant: Variant, reference: Reference) -> str:

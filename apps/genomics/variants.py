@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from apps.genomics.alphabet import DNA, Alphabet
 from core.training.errors import UserError
 from core.training.rows import decoding, kind, open_text, read_rows
 
-LETTERS = re.compile(r"[ACGTN]+", re.IGNORECASE)
+LETTERS = re.compile(rf"[{DNA.letters}]+")
 MUTATION = re.compile(r"(?P<ref>[A-Z*])(?P<at>\d+)(?P<alt>[A-Z*])")
 COLUMNS = ("mutant", "mutation", "mutations", "variant")
 
@@ -92,7 +93,9 @@ def _alleles(where: str, cells: list[str], line: int) -> Iterator[Variant]:
     for alt in alts.split(","):
         said = name if name != "." else f"{contig}:{position}{ref}>{alt}"
         variant = Variant(where, said, contig, [(position - 1, ref, alt)], line)
-        if alt == ".":
+        if position == 0:
+            variant.skipped = "before the first base (a telomere)"
+        elif alt == ".":
             variant.skipped = "no alternative allele"
         elif not LETTERS.fullmatch(alt) or not LETTERS.fullmatch(ref):
             variant.skipped = "symbolic allele"
@@ -136,6 +139,20 @@ def check_reference(variant: Variant, letters: str, start: int) -> None:
         if there != ref:
             variant.skipped = f"REF is {ref}, the reference has {there or 'nothing'} at {at + 1}"
             return
+
+
+def check_letters(variant: Variant, alphabet: Alphabet) -> None:
+    """Mark a variant as skipped if one of its letters is ambiguous: no model says how likely that is.
+
+    Raises:
+        UserError: a letter that is none, unless the variant is skipped already.
+    """
+    letters = set("".join(ref + alt for _, ref, alt in variant.changes))
+    if variant.skipped or not letters - set(alphabet.atoms):
+        return
+    for text in (text for change in variant.changes for text in change[1:]):
+        alphabet.encode(text, f"{variant.where}, {variant.id}")
+    variant.skipped = "ambiguous letter"
 
 
 def changed(letters: str, start: int, variant: Variant) -> str:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apps.summarization.sentence_encoder import SentenceEncoder, Words, spread
+from apps.summarization.sentence_encoder import SentenceEncoder, Words, encode, spread
 from apps.summarization.tokens import END, PAD
 from core.attention.contract import State
 from core.backbone import Decoder, Encoder
@@ -60,6 +60,7 @@ class Writer(nn.Module):
         patch: tokens of a patch.   sentence_depth: attention layers inside a sentence (reader "sentences").
         pointer: mix the vocabulary's distribution with one over the tokens of the source.
         smoothing: share of the target spread over the vocabulary.
+        packed: whether documents are laid end to end for the encoder.
     """
 
     def __init__(
@@ -73,10 +74,11 @@ class Writer(nn.Module):
         sentence_depth: int = 0,
         pointer: bool = False,
         smoothing: float = 0.0,
+        packed: bool = False,
     ):
         super().__init__()
         dim = encoder["dim"]
-        self.reader, self.patch, self.smoothing = reader, patch, smoothing
+        self.reader, self.patch, self.smoothing, self.packed = reader, patch, smoothing, packed
         self.table = nn.Embedding(vocabulary, dim, padding_idx=PAD)
         nn.init.normal_(self.table.weight, std=dim**-0.5)
         with torch.no_grad():
@@ -119,7 +121,7 @@ class Writer(nn.Module):
             marked = document.marked
             if self.join is not None:
                 marked = F.pad(marked, (0, -ids.shape[1] % self.patch)).unflatten(1, (-1, self.patch)).any(dim=-1)
-        return Memory(self.encoder(x, key_mask=mask, global_mask=marked), mask, ids)
+        return Memory(encode(self.encoder, x, mask, marked, packed=self.packed), mask, ids)
 
     def forward(self, document: Document, summary: Tensor) -> tuple[Tensor, Memory]:
         """Log-probabilities [B, T, V] of the token after each of `summary` [B, T] (which begins with BEGIN)."""

@@ -1,22 +1,22 @@
 """A checkpoint of BART, LED or T5 on disk becomes a long encoder-decoder with attention of our core (extra `hf`).
 
-    encoder self-attention   any variant that is bidirectional
-    cross-attention          as it is, or hepos (BART, T5)
-    positions                the learned table grown by repetition (BART, LED), as Longformer was made from RoBERTa
+    encoder self-attention   any variant that is bidirectional; LED keeps its global tokens beside it, see `led.py`
+    cross-attention          as it is, or any variant that can cross: hepos, linear
+    positions                the learned table grown by repetition (BART, LED), as Longformer was made from RoBERTa; the
+                             computed one of PEGASUS computed further
 
 With softmax, or a window as long as the input, the outputs are those of the original. What is lost: T5's bias of
-relative positions where the variant takes none (it must be said, `drop_bias`), LED's global tokens (refused).
+relative positions where the variant takes none (it must be said, `drop_bias`).
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from apps.summarization.transformers_attention import ATTRIBUTE, attach, need_transformers, register
-from core.attention import build
-from core.attention.contract import Heads
+from apps.summarization.led import LedCross, LedSelf
+from apps.summarization.transformers_attention import attach, need_transformers, register
 from core.training.errors import UserError
 
 FAMILIES = ("bart", "mbart", "pegasus", "led", "t5")
@@ -71,7 +71,7 @@ def convert(
     name = options.pop("variant")
     if family == "led":
         for layer in encoder.layers:
-            layer.self_attn.longformer_self_attn = LedAttention(layer.self_attn.longformer_self_attn, name, options)
+            layer.self_attn.longformer_self_attn = LedSelf(layer.self_attn.longformer_self_attn, name, options)
     else:
         if family == "t5" and name != "softmax":
             _without_bias(encoder, name, drop_bias)
@@ -79,13 +79,15 @@ def convert(
             attach(module, name, **options)
         model.set_attn_implementation(register())  # type: ignore[operator]
     if cross is not None and cross.get("variant") != "softmax":
-        if family == "led":
-            raise ValueError("cross-attention of LED is a class of its own and stays softmax")
         options = dict(cross)
         name = options.pop("variant")
         decoder: Any = model.get_decoder()  # type: ignore[operator]
-        for module in _cross_attention(decoder):
-            attach(module, name, **options)
+        if family == "led":
+            for layer in decoder.layers:
+                layer.encoder_attn = LedCross(layer.encoder_attn, name, options)
+        else:
+            for module in _cross_attention(decoder):
+                attach(module, name, **options)
     if length is not None:
         grow_positions(encoder, length)
         if hasattr(model.config, "max_encoder_position_embeddings"):
@@ -111,6 +113,8 @@ def grow_positions(encoder: nn.Module, length: int) -> None:
     grown = torch.cat([old[:offset], *([rows] * (-(-length // known)))])[: length + offset]
     table.weight = nn.Parameter(grown.clone(), requires_grad=table.weight.requires_grad)
     table.num_embeddings = len(grown)
+    if hasattr(table, "create_weight"):  # sinusoids, of which there are more
+        table.weight.data = table.create_weight().to(old)  # type: ignore[operator]
 
 
 def _self_attention(encoder: Any) -> list[nn.Module]:
@@ -136,29 +140,3 @@ def _without_bias(encoder: Any, name: str, drop_bias: bool) -> None:
         attention.has_relative_attention_bias = False
         if hasattr(attention, "relative_attention_bias"):
             del attention.relative_attention_bias
-
-
-class LedAttention(nn.Module):
-    """Encoder self-attention of LED with a variant of ours between its local projections."""
-
-    def __init__(self, stock: Any, variant: str, options: dict[str, Any]):
-        super().__init__()
-        self.query, self.key, self.value = stock.query, stock.key, stock.value
-        self.heads, self.width = stock.num_heads, stock.head_dim
-        setattr(self, ATTRIBUTE, build(variant, Heads(self.heads, self.heads, self.width, self.width), **options))
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor]:
-        """[B, L, C] -> ([B, L, C],); the mask is LED's: 0 local, below 0 padding, above 0 global.
-
-        Raises:
-            ValueError: there are global tokens.
-        """
-        if kwargs.get("is_global_attn"):
-            raise ValueError("a converted LED has no global tokens: leave global_attention_mask out")
-        q, k, v = (
-            layer(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        mask = None if attention_mask is None else attention_mask >= 0
-        out = getattr(self, ATTRIBUTE)(q, k, v, key_mask=mask).out
-        return (out.transpose(1, 2).flatten(2),)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apps.summarization.sentence_encoder import SentenceEncoder, Words, spread
+from apps.summarization.sentence_encoder import SentenceEncoder, Words, encode, spread
 from core.backbone import Encoder
 
 
@@ -30,6 +30,7 @@ class Extractor(nn.Module):
         vocabulary: words of the sentence encoder with the unknown one and the padding, 0 for no sentence encoder.
         word_dim: width of a word's vector.   sentence_depth: attention layers inside a sentence.
         query: whether the words of a question stand in front, as global tokens where the attention takes any.
+        packed: whether documents are laid end to end for the encoder.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Extractor(nn.Module):
         word_dim: int,
         sentence_depth: int = 0,
         query: bool = False,
+        packed: bool = False,
     ):
         super().__init__()
         if not features and not vocabulary:
             raise ValueError("model.words=0 and model.features=false leave nothing to tell sentences apart")
         dim, dropout = encoder["dim"], encoder["dropout"]
+        self.features, self.packed = features, packed
         self.sentences = None
         if vocabulary:
             self.sentences = SentenceEncoder(vocabulary, word_dim, sentence_depth, dropout=dropout)
@@ -73,8 +76,12 @@ class Extractor(nn.Module):
             parts.append(spread(self.drop(self.sentences(words)), words.mask))
         x, mask = self.enter(torch.cat(parts, dim=-1)), words.mask
         asked = None if self.query is None else query
-        x = self.encoder(x, key_mask=mask) if asked is None else self._asked(x, mask, asked)
+        x = encode(self.encoder, x, mask, packed=self.packed) if asked is None else self._asked(x, mask, asked)
         return self.head(x).squeeze(-1).masked_fill(~mask, -torch.inf)
+
+    def score(self, batch: dict[str, Any]) -> Tensor:
+        """Scores of the sentences of a batch of `collate_extractive`, [B, N] float32."""
+        return self(batch["words"], batch["features"] if self.features else None, batch["query"]).float()
 
     def _asked(self, x: Tensor, mask: Tensor, query: Tensor) -> Tensor:
         """Encode sentences [B, N, D] behind the words of a question; padding stays at the end of each row."""
@@ -88,7 +95,7 @@ class Extractor(nn.Module):
         both[is_query] = self.query(query[asked]).to(both.dtype)
         both[is_sentence] = x[mask]
         marked = is_query if self.takes_global else None
-        y = self.encoder(both, key_mask=is_query | is_sentence, global_mask=marked)
+        y = encode(self.encoder, both, is_query | is_sentence, marked, packed=self.packed)
         return spread(y[is_sentence], mask)
 
     def cost(self, sentences: int, words: int) -> dict[str, int]:

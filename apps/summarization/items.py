@@ -5,7 +5,7 @@ pure functions of the example and the spec, so that `predict` makes the same fro
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from apps.summarization.abstractive import Document
 from apps.summarization.documents import Example, Source
 from apps.summarization.features import query_features, sentence_features
-from apps.summarization.graphs import lexrank
 from apps.summarization.oracle import oracle_labels, prepare_all, soft_labels
 from apps.summarization.rouge import Scorer
 from apps.summarization.selection import Budget, lengths_of, select
@@ -131,10 +130,17 @@ class AbstractiveItems(Dataset):
 
     Args:
         examples: of one part.   spec: of the data: tokenizer, reader and what is cut.   part: its name.
+        worth: scores of an example's sentences, [N], of which the best are handed on (extract_abstract); None: all are.
     """
 
-    def __init__(self, examples: Sequence[Example], spec: dict[str, Any], part: str):
-        self.examples, self.spec, self.part = list(examples), spec, part
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        spec: dict[str, Any],
+        part: str,
+        worth: Callable[[Example], np.ndarray] | None = None,
+    ):
+        self.examples, self.spec, self.part, self.worth = list(examples), spec, part, worth
         self.tokens = Tokens(**spec["tokenizer"])
         self.cut = {"sources": 0, "tokens": 0, "summaries": 0, "of tokens": 0}
         self._items: dict[int, dict[str, Any]] = {}
@@ -195,16 +201,11 @@ class AbstractiveItems(Dataset):
         return item
 
     def chosen(self, example: Example) -> list[int] | None:
-        """Numbers of the sentences that LexRank hands on (extract_abstract); None: all are read."""
+        """Numbers of the sentences that are handed on (extract_abstract); None: all are read."""
         source, words = example.source, self.spec["source_words"]
-        if words is None or source.words <= words:
+        if self.worth is None or source.words <= words:
             return None
-        scores = lexrank(source.sentences)
-        scores = scores / max(scores.max(), 1e-12)
-        if example.query:
-            likeness = query_features(source.sentences, example.query)[:, 0]
-            scores = scores + np.exp(likeness - max(likeness.max(), 1e-12))
-        return select(scores, lengths_of(source.sentences), Budget(words=words))
+        return select(self.worth(example), lengths_of(source.sentences), Budget(words=words))
 
     def _keep(self, sizes: np.ndarray, less: int = 0) -> np.ndarray:
         """Numbers of the pieces (tokens, or runs of `sizes` tokens) that stay: `max_tokens` from head or both ends."""

@@ -5,11 +5,13 @@ from typing import Any
 from torch import nn
 
 from apps.summarization.abstractive import Writer
+from apps.summarization.chooser import Chooser
 from apps.summarization.extractive import Extractor
 from apps.summarization.recipe import SummarizationRecipe
 from apps.summarization.tokens import Tokens
 from core.attention.registry import variant_class
 from core.layout import expand_layout
+from core.training.recipe import build_recipe
 
 
 def build_model(recipe: SummarizationRecipe, spec: dict[str, Any]) -> nn.Module:
@@ -31,7 +33,24 @@ def build_model(recipe: SummarizationRecipe, spec: dict[str, Any]) -> nn.Module:
             word_dim=model.word_dim,
             sentence_depth=model.sentence_depth,
             query=spec["queries"] and model.query != "features",
+            packed=model.packed,
         )
+    writer = _writer(recipe, spec)
+    if spec.get("extractor") is not None:
+        writer.chooser = build_chooser(spec["extractor"])
+    return writer
+
+
+def build_chooser(given: dict[str, Any]) -> Chooser:
+    """The extractor that `spec["extractor"]` describes, with weights as they start."""
+    recipe: Any = build_recipe(given["recipe"], source=given["source"])
+    extractor = build_model(recipe, given["spec"])
+    assert isinstance(extractor, Extractor)
+    return Chooser(extractor, given["spec"])
+
+
+def _writer(recipe: SummarizationRecipe, spec: dict[str, Any]) -> nn.Module:
+    backbone, model = recipe.backbone.model_dump(), recipe.model
     if model.checkpoint is not None:
         from apps.summarization.stock import build_stock  # needs the extra hf
 
@@ -52,13 +71,14 @@ def build_model(recipe: SummarizationRecipe, spec: dict[str, Any]) -> nn.Module:
     }
     return Writer(
         Tokens(**spec["tokenizer"]).size,
-        encoder,
+        {"attention": recipe.attention, **backbone},
         decoder,
         reader=model.reader,
         patch=model.patch,
         sentence_depth=model.sentence_depth,
         pointer=model.pointer,
         smoothing=model.label_smoothing,
+        packed=model.packed,
     )
 
 

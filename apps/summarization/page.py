@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,8 @@ h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; border-
 .summary p { margin: .4rem 0 } .summary a { color: inherit; text-decoration-color: var(--line) }
 .document { max-height: 80vh; overflow: auto; border: 1px solid var(--line); border-radius: 6px; padding: 1rem }
 .document span { background: rgba(var(--heat), var(--a, 0)); border-radius: 3px }
+.second:checked ~ .columns .document span { background: rgba(var(--heat), var(--b, 0)) }
+label { font-size: .85rem; margin-right: 1.2rem }
 .document mark { background: var(--mark); color: inherit; border-radius: 3px; box-shadow: 0 0 0 2px var(--mark) }
 .document span:target, .document mark:target { outline: 2px solid rgb(var(--heat)) }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 1rem } dd { margin: 0; font-variant-numeric: tabular-nums }
@@ -39,28 +41,29 @@ STRIP = 240
 """Columns of the strip that shows a whole document."""
 
 
-def write_page(
-    path: Path,
-    outcomes: "Sequence[Outcome]",
-    heats: Sequence[np.ndarray] | None = None,
-    notes: Sequence[str] | None = None,
-) -> Path:
+class Layer(NamedTuple):
+    """One way to colour a document: its name, weights [N] of the sentences in 0..1 (more is cut), and what they are."""
+
+    name: str
+    heat: np.ndarray
+    note: str
+
+
+def write_page(path: Path, outcomes: "Sequence[Outcome]", layers: Sequence[Sequence[Layer]] | None = None) -> Path:
     """Write the page.
 
     Args:
         path: the HTML file; it needs no other file and no network.
         outcomes: documents with their summaries.
-        heats: for each document [N] weights of its sentences, shown as depth of colour; None: the scores of extractive
-            models, nothing for others.
-        notes: for each document what the heat is.
+        layers: for each document one or two ways to colour it, shown as depth of blue, of which the reader chooses;
+            None: the scores of extractive models, nothing for others.
     """
-    if heats is None:
-        heats = [
-            _scaled(o.weights) if o.weights is not None else np.zeros(len(o.example.source.sentences)) for o in outcomes
+    if layers is None:
+        layers = [
+            [] if o.weights is None else [Layer("score", _scaled(o.weights), "the model's score of a sentence")]
+            for o in outcomes
         ]
-    if notes is None:
-        notes = ["Depth of blue: the model's score of a sentence." if o.weights is not None else "" for o in outcomes]
-    parts = [_document(i, *each) for i, each in enumerate(zip(outcomes, heats, notes))]
+    parts = [_document(i, *each) for i, each in enumerate(zip(outcomes, layers))]
     title = "Summaries and what they rest on"
     path.write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -70,16 +73,17 @@ def write_page(
     return path
 
 
-def _document(number: int, outcome: "Outcome", heat: np.ndarray, note: str) -> str:
+def _document(number: int, outcome: "Outcome", layers: Sequence[Layer]) -> str:
     source = outcome.example.source
     chosen = set(outcome.sentences or ())
-    heat = np.clip(heat, 0, 1)
+    heats = [np.clip(layer.heat, 0, 1) for layer in layers]
     text = " ".join(
         f'<{"mark" if i in chosen else "span"} id="d{number}s{i}" title="sentence {source.numbers[i]}"'
-        f"{f' style=--a:{0.55 * heat[i]:.2f}' if heat[i] > 0.02 and i not in chosen else ''}>{html.escape(sentence)}"
+        f"{_depths([0.55 * heat[i] for heat in heats])}>{html.escape(sentence)}"
         f"</{'mark' if i in chosen else 'span'}>"
         for i, sentence in enumerate(source.sentences)
     )
+    strips = "".join(_strip(layer.name, heat, chosen) for layer, heat in zip(layers, heats))
     if outcome.sentences is not None and outcome.weights is not None:
         summary = "".join(
             f'<p><a href="#d{number}s{i}">{html.escape(source.sentences[i])}</a></p>' for i in outcome.sentences
@@ -91,21 +95,39 @@ def _document(number: int, outcome: "Outcome", heat: np.ndarray, note: str) -> s
     words = f"{len(outcome.summary.split())} words from {source.words:,} in {len(source.sentences):,} sentences"
     what = " Yellow: sentences that the summary rests on." if chosen else ""
     return (
-        f"<h2>{html.escape(outcome.example.id)}</h2>{query}<p class=note>{words}. {html.escape(note)}{what}</p>"
-        f"{_strip(heat, chosen)}<div class=columns><div class=summary>{summary}<dl>{scores}</dl></div>"
+        f"<h2>{html.escape(outcome.example.id)}</h2>{query}<p class=note>{words}.{what}</p>"
+        f"{_switch(number, layers)}{strips}<div class=columns><div class=summary>{summary}<dl>{scores}</dl></div>"
         f'<div class=document tabindex="0">{text}</div></div>\n'
     )
 
 
-def _strip(heat: np.ndarray, chosen: set[int]) -> str:
+def _depths(values: Sequence[float]) -> str:
+    """The style that carries the depth of colour of each layer; nothing where all are near 0."""
+    if max(values, default=0) < 0.01:
+        return ""
+    return " style=" + ";".join(f"--{letter}:{value:.2f}" for letter, value in zip("ab", values))
+
+
+def _switch(number: int, layers: Sequence[Layer]) -> str:
+    """What the colour is; with two layers, buttons to choose between them."""
+    texts = [f"Blue: {html.escape(layer.note)}" for layer in layers]
+    if len(layers) < 2:
+        return "".join(f"<p class=note>{text}.</p>" for text in texts)
+    return "".join(
+        f'<input type="radio" name="v{number}" id="v{number}{kind}" class="{kind}"{checked}>'
+        f'<label for="v{number}{kind}">{text}</label><br>'
+        for kind, checked, text in zip(("first", "second"), (" checked", ""), texts)
+    )
+
+
+def _strip(name: str, heat: np.ndarray, chosen: set[int]) -> str:
     """The whole document from left to right: the largest heat of each stretch, and where sentences were chosen."""
     cells = []
     for places in np.array_split(np.arange(len(heat)), min(STRIP, len(heat))):
         style = ' class="chosen"' if chosen & set(places.tolist()) else f" style=--a:{0.8 * heat[places].max():.2f}"
         cells.append(f"<i{style}></i>")
-    return (
-        f'<div class="strip" role="img" aria-label="the document from its beginning to its end">{"".join(cells)}</div>'
-    )
+    label = f"{name} from the beginning of the document to its end"
+    return f'<p class=note>{label}</p><div class="strip" role="img" aria-label="{label}">{"".join(cells)}</div>'
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from core.training.plots import COLOURS, STYLE
 
@@ -23,6 +25,25 @@ def draw_lengths(path: Path, rows: Sequence[dict[str, float]]) -> Path:
         axes.set(xlabel="words of the document", ylabel="F x 100", ylim=(0, None))
         axes.set_title("Score by length of the document, test part")
         figure.legend(loc="outside right upper")
+        figure.savefig(path)
+    return path
+
+
+def draw_cost(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Seconds and memory of the middle document of each bucket, summarised alone."""
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        words = [row["middle_words"] for row in rows]
+        seconds = [row["middle_words"] / max(row["words_per_s"], 1e-9) for row in rows]
+        left.plot(words, seconds, color=COLOURS[0], marker="o", ms=4)
+        left.set(xlabel="words of the document", ylabel="seconds", ylim=(0, None), title="Time")
+        peaks = [np.nan if row["peak_mb"] is None else row["peak_mb"] for row in rows]
+        right.plot(words, peaks, color=COLOURS[1], marker="s", ms=4)
+        right.set(xlabel="words of the document", ylabel="MB above rest", ylim=(0, None), title="Peak memory")
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         figure.savefig(path)
     return path
 

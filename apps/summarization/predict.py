@@ -9,7 +9,7 @@ import torch
 from apps.summarization.data import cut_documents
 from apps.summarization.documents import Example
 from apps.summarization.faithfulness import faithfulness
-from apps.summarization.items import AbstractiveItems, ExtractiveItems, collate_abstractive, collate_extractive
+from apps.summarization.measuring import batch_of
 from apps.summarization.page import write_page
 from apps.summarization.reading import Report, read_part
 from apps.summarization.recipe import DataSection
@@ -69,11 +69,7 @@ def summarise_file(run: LoadedRun, input: Path) -> tuple[list[Outcome], dict[str
 
 def summarise(task: SummaryTask, examples: list[Example], options: DataSection) -> list[Outcome]:
     """Summaries of examples, one document at a time: a document may be long."""
-    if "tokenizer" in task.spec:
-        items: Any = AbstractiveItems(examples, task.spec, "predict")
-        collate = collate_abstractive
-    else:
-        items = ExtractiveItems(cut_documents(examples, options)[0], task.spec, None, "predict")
-        collate = collate_extractive
+    if "tokenizer" not in task.spec:
+        examples = cut_documents(examples, options)[0]
     with torch.no_grad():
-        return [task.summarise(collate([items[i]]))[0] for i in range(len(items))]
+        return [task.summarise(batch_of(task, example))[0] for example in examples]

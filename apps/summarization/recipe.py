@@ -80,8 +80,9 @@ class DataSection(Section):
     """Names of the columns of rows."""
     questions: Literal["all", "plot", "focused"] = "all"
     """squality: the question about the plot, the four others, or all five."""
-    leak: Literal["clean", "abstract", "none"] = "clean"
-    """scisummnet, whose summaries begin with the abstract: take out title and abstract, abstract alone, or nothing."""
+    leak: Literal["strict", "clean", "abstract", "none"] = "clean"
+    """scisummnet, whose summaries begin with the abstract: take out title and abstract (strict: and what repeats it in
+    the body), abstract alone, or nothing."""
     min_words: int = Field(0, ge=0)
     """Documents of fewer words are dropped and counted."""
     val_share: float = Field(0.1, gt=0, lt=1)
@@ -142,7 +143,7 @@ class ModelSection(Section):
     """What stands around the backbone."""
 
     kind: Literal["extractive", "abstractive", "extract_abstract"] = "extractive"
-    """Choose sentences; write a summary; or write it from sentences that an untrained extractor chose."""
+    """Choose sentences; write a summary; or write it from sentences that an extractor chose."""
     words: int = Field(4000, ge=0)
     """extractive: words with a learned vector, the commonest of the training documents; 0: features alone."""
     word_dim: int = Field(32, ge=1)
@@ -176,7 +177,10 @@ class ModelSection(Section):
     cross: Cross = Field(default_factory=lambda: {"variant": "softmax"})
     """Cross-attention: softmax reads all positions, hepos every stride-th per head, linear a sum of constant size."""
     global_tokens: Literal["none", "first", "query", "separators"] = "none"
-    """Positions that see all and are seen by all, for encoders with attention that can (longformer)."""
+    """Positions that see all and are seen by all, for attention that can (longformer), and for a checkpoint of LED, of
+    which the first is always one."""
+    packed: bool = False
+    """Lay the documents of a batch end to end for the encoder instead of padding them to the longest."""
     pointer: bool = False
     """Copying: the decoder may point at a token of the document (reader=tokens)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -185,6 +189,8 @@ class ModelSection(Section):
     """Longest summary in tokens, for training and for the table of positions; what is cut is counted."""
     source_words: int = Field(600, ge=10)
     """extract_abstract: words that the extractor hands on."""
+    extractor: str | None = None
+    """extract_abstract: run folder of an extractive recipe that chooses the sentences; null: LexRank, untrained."""
     checkpoint: str | None = None
     """abstractive: folder of a BART, LED or T5 checkpoint of transformers (config.json, weights, tokenizer.json), whose
     encoder gets this recipe's attention; backbone and decoder are then its own. Needs the extra hf."""
@@ -199,7 +205,7 @@ class ModelSection(Section):
         uses = {
             "kind=extractive": (not writes, ("words", "word_dim", "features", "query", "labels")),
             "kind=abstractive": (writes, WRITING),
-            "kind=extract_abstract": (self.kind == "extract_abstract", ("source_words",)),
+            "kind=extract_abstract": (self.kind == "extract_abstract", ("source_words", "extractor")),
             "reader=patches": (writes and reader == "patches", ("patch",)),
             "reader=sentences": (writes and reader == "sentences", ("sentence_tokens",)),
         }
@@ -211,7 +217,7 @@ class ModelSection(Section):
         if self.checkpoint is not None:
             if self.kind == "extractive":
                 raise ValueError("checkpoint belongs to kind=abstractive or extract_abstract")
-            given = {"reader": "tokens", "pointer": False, "tokenizer_file": None, "global_tokens": "none"}
+            given = {"reader": "tokens", "pointer": False, "tokenizer_file": None, "packed": False}
             for name, plain in given.items():
                 if getattr(self, name) != plain:
                     raise ValueError(f"checkpoint brings its own: leave {name} out, got {getattr(self, name)!r}")

@@ -2,13 +2,14 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apps.summarization.plots import draw_lengths, draw_places
+from apps.summarization.documents import Example
+from apps.summarization.plots import draw_cost, draw_lengths, draw_places
 from apps.summarization.rouge import Scorer
 
 if TYPE_CHECKING:
@@ -20,15 +21,18 @@ PLACES = 10
 """Of a document, from its beginning to its end."""
 
 
-def write_results(run_dir: Path, outcomes: "Sequence[Outcome]", scorer: str) -> list[Path]:
-    """Write and draw; returns the files.
+Measure = Callable[[Example], dict[str, Any]]
+
+
+def write_results(run_dir: Path, outcomes: "Sequence[Outcome]", scorer: str, measure: Measure) -> list[Path]:
+    """Write and draw; returns the files. `measure` gives the columns of cost of a document.
 
     predictions.jsonl: id, query, prediction, references, source words, sentence numbers and character spans.
     scores.csv: a row per document.   by_length.csv, by_place.csv: see `by_length` and `by_place`.
     """
     plots = run_dir / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    lengths, places = by_length(outcomes), by_place(outcomes)
+    lengths, places = by_length(outcomes, measure), by_place(outcomes)
     files = [run_dir / name for name in ("predictions.jsonl", "scores.csv", "by_length.csv", "by_place.csv")]
     with files[0].open("w") as file:
         for outcome in outcomes:
@@ -40,7 +44,8 @@ def write_results(run_dir: Path, outcomes: "Sequence[Outcome]", scorer: str) -> 
     ]
     for path, table in zip(files[1:], (rows, lengths, places)):
         write_table(path, table)
-    return [*files, draw_lengths(plots / "by_length.png", lengths), draw_places(plots / "by_place.png", places)]
+    drawn = draw_lengths(plots / "by_length.png", lengths), draw_cost(plots / "cost_by_length.png", lengths)
+    return [*files, *drawn, draw_places(plots / "by_place.png", places)]
 
 
 def record(outcome: "Outcome") -> dict[str, Any]:
@@ -69,23 +74,25 @@ def _shown(outcome: "Outcome") -> dict[str, float]:
     return {"summary_words": len(outcome.summary.split()), **{k: round(v, 5) for k, v in outcome.scores.items()}}
 
 
-def by_length(outcomes: "Sequence[Outcome]") -> list[dict[str, float]]:
-    """Scores in buckets of source length, shortest first.
+def by_length(outcomes: "Sequence[Outcome]", measure: Measure) -> list[dict[str, Any]]:
+    """Scores in buckets of source length, shortest first, and what the middle document of each costs.
 
-    words_per_s: source words per second of model and choice, or of reading and writing; features are not counted.
+    That one is summarised once more, alone: see `apps.summarization.measuring.measure`.
     """
     order = sorted(outcomes, key=lambda outcome: outcome.example.source.words)
     rows = []
     for bucket in np.array_split(np.arange(len(order)), min(BUCKETS, len(order))):
         inside = [order[i] for i in bucket]
         words = [outcome.example.source.words for outcome in inside]
+        middle = inside[len(inside) // 2].example
         rows.append(
             {
                 "least_words": min(words),
                 "most_words": max(words),
                 "documents": len(inside),
                 **{m: round(100 * np.mean([o.scores[m] for o in inside]), 3) for m in ("rouge1", "rouge2", "rougeL")},
-                "words_per_s": round(sum(words) / max(sum(o.seconds for o in inside), 1e-9)),
+                "middle_words": middle.source.words,
+                **measure(middle),
             }
         )
     return rows

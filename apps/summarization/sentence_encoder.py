@@ -1,4 +1,4 @@
-"""From the words of a sentence to one vector: a weighted mean, or attention layers and then that mean."""
+"""From the words of a sentence to one vector, and how rows of different lengths go through an encoder together."""
 
 from typing import NamedTuple
 
@@ -69,6 +69,19 @@ class SentenceEncoder(nn.Module):
         mask[words.rows, places] = True
         assert self.layers is not None
         return self.layers(padded, key_mask=mask)[words.rows, places]
+
+
+def encode(encoder: Encoder, x: Tensor, mask: Tensor, marked: Tensor | None = None, *, packed: bool = False) -> Tensor:
+    """Run an encoder over a batch x [B, N, D] of which `mask` [B, N] is real, padded or laid end to end.
+
+    Packed, projections and MLPs compute no padding, and attention groups documents of like length; what is real comes
+    out the same, padding as 0.
+    """
+    if not packed:
+        return encoder(x, key_mask=mask, global_mask=marked)
+    offsets = nn.functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+    inside = None if marked is None else marked[mask].unsqueeze(0)
+    return spread(encoder(x[mask].unsqueeze(0), cu_seqlens=offsets, global_mask=inside)[0], mask)
 
 
 def spread(vectors: Tensor, mask: Tensor) -> Tensor:

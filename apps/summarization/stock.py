@@ -1,8 +1,9 @@
 """A converted checkpoint as a writer: the same batches, losses and summaries as `abstractive.Writer` (extra `hf`).
 
 Tokens of the app are those of the checkpoint's tokenizer.json moved up by five, our specials being in front; here they
-are moved back, and the checkpoint's own begin and end are put around every document and summary. Decoding is that of
-transformers, with its caches.
+are moved back, and the checkpoint's own begin and end are put around every document and summary. In LED its begin is
+global, as it was trained, and so are the question or the ends of sentences where `model.global_tokens` asks for them.
+Decoding is that of transformers, with its caches.
 """
 
 import time
@@ -19,6 +20,7 @@ from apps.summarization.decoding import Speed, Written
 from apps.summarization.recipe import PredictSection, SummarizationRecipe
 from apps.summarization.tokens import END, PAD, SPECIAL
 from apps.summarization.transformers_attention import need_transformers
+from core.training.errors import UserError
 
 SHIFT = len(SPECIAL)
 
@@ -41,44 +43,49 @@ class StockWriter(nn.Module):
         self.start = int(self.end if start is None else start)
         # BART and its kin put begin and end around a document, T5 and PEGASUS the end alone.
         self.begin = int(config.bos_token_id) if config.model_type in ("bart", "led", "mbart") else None
+        self.front = 0 if self.begin is None else 1
 
     def loss(self, document: Document, summary: Tensor) -> Tensor:
         """Mean negative log-likelihood of summary [B, T], BEGIN first, END last."""
-        source, mask = self._source(document.ids)
         targets = self._back(summary[:, 1:], summary[:, 1:] == END)
         # What BART was trained to write begins with its begin token.
         if self.begin is not None:
             targets = F.pad(targets, (1, 0), value=self.begin)
         given = F.pad(targets[:, :-1], (1, 0), value=self.start)
-        logits = self.inner(input_ids=source, attention_mask=mask, decoder_input_ids=given, use_cache=False).logits
+        logits = self.inner(**self.source(document), decoder_input_ids=given, use_cache=False).logits
         return F.cross_entropy(
             logits.float().transpose(1, 2), targets, ignore_index=self.pad, label_smoothing=self.smoothing
         )
 
     @torch.no_grad()
-    def write(self, document: Document, options: PredictSection, longest: int, speed: Speed) -> list[Written]:
+    def write(
+        self, document: Document, options: PredictSection, longest: int, speed: Speed, *, cached: bool = True
+    ) -> list[Written]:
         """Summaries by transformers' `generate`."""
-        source, mask = self._source(document.ids)
         most = min(options.max_tokens or longest, longest) + 1
         how: dict[str, Any] = {"num_beams": 1, "do_sample": False}
         if options.decoding == "beam":
             how |= {"num_beams": options.beams, "length_penalty": options.length_penalty}
             how |= {"early_stopping": options.early_stopping}
         elif options.decoding == "sample":
-            torch.manual_seed(options.seed)
             how |= {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
             how |= {"top_k": options.top_k}
         started = time.perf_counter()
-        found = self.inner.generate(
-            input_ids=source,
-            attention_mask=mask,
-            max_new_tokens=most,
-            min_new_tokens=options.min_tokens or None,
-            no_repeat_ngram_size=options.no_repeat_ngram,
-            **how,
-        )
+        with torch.random.fork_rng():  # the draws of validation must not touch those of training
+            torch.manual_seed(options.seed)
+            given = self.inner.generate(
+                **self.source(document),
+                max_new_tokens=most,
+                min_new_tokens=options.min_tokens or None,
+                no_repeat_ngram_size=options.no_repeat_ngram,
+                return_dict_in_generate=True,
+                use_cache=cached,
+                **how,
+            )
+        found = given.sequences
         speed.seconds += time.perf_counter() - started
         speed.steps += found.shape[1] - 1
+        speed.state_bytes = max(speed.state_bytes, _cache_bytes(given.past_key_values))
         rows = [[t for t in row[1:] if t not in (self.pad, self.end, self.begin)] for row in found.tolist()]
         ended = [self.end in row[1:] for row in found.tolist()]
         return [Written([t + SHIFT for t in row], 0.0, done) for row, done in zip(rows, ended)]
@@ -93,18 +100,27 @@ class StockWriter(nn.Module):
             "tokens_per_item": tokens,
         }
 
-    def _source(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, M] of the app -> the checkpoint's [B, M + 1 or 2] and its mask."""
+    def source(self, document: Document) -> dict[str, Tensor]:
+        """Tokens of the app [B, M] -> the checkpoint's [B, M + 1 or 2] with begin and end, and its masks."""
+        ids = document.ids
         lengths = (ids != PAD).sum(dim=1)
         rows = torch.full((len(ids), ids.shape[1] + 2), self.pad, dtype=ids.dtype, device=ids.device)
-        front = 0 if self.begin is None else 1
+        front = self.front
         if self.begin is not None:
             rows[:, 0] = self.begin
         rows[:, front : front + ids.shape[1]] = self._back(ids, torch.zeros_like(ids, dtype=torch.bool))
         rows[torch.arange(len(ids)), lengths + front] = self.end
         rows = rows[:, : int(lengths.max()) + front + 1]
         mask = torch.arange(rows.shape[1], device=ids.device) <= (lengths + front)[:, None]
-        return rows, mask.long()
+        found = {"input_ids": rows, "attention_mask": mask.long()}
+        if self.inner.config.model_type == "led":
+            wide = torch.zeros_like(rows)
+            wide[:, 0] = 1
+            if document.marked is not None:
+                marked = document.marked[:, : rows.shape[1] - front]
+                wide[:, front : front + marked.shape[1]] |= marked.long()
+            found["global_attention_mask"] = wide
+        return found
 
     def _back(self, ids: Tensor, ends: Tensor) -> Tensor:
         """Numbers of the checkpoint; what stood for a special of ours becomes its end, padding its padding."""
@@ -113,11 +129,29 @@ class StockWriter(nn.Module):
         return torch.where(ends, self.end, found)
 
 
+def _cache_bytes(cache: Any) -> int:
+    """Of one hypothesis: keys and values of self- and cross-attention in a cache of transformers."""
+    parts = (getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache"))
+    tensors = [x for part in parts if part is not None for layer in part.layers for x in (layer.keys, layer.values)]
+    return sum(x.numel() * x.element_size() // x.shape[0] for x in tensors if x is not None)
+
+
 def checkpoint_spec(recipe: SummarizationRecipe) -> dict[str, Any]:
-    """What the data part needs of a checkpoint folder: its tokenizer, and the configuration to build it again."""
+    """What the data part needs of a checkpoint folder: its tokenizer, and the configuration to build it again.
+
+    Raises:
+        UserError: no such checkpoint, or global tokens for a model that has none.
+    """
     assert recipe.model.checkpoint is not None
     model, tokenizer = load_stock(recipe.model.checkpoint)
-    return {"tokenizer": {"kind": "checkpoint", "trained": tokenizer}, "stock": model.config.to_dict()}
+    wide, family = recipe.model.global_tokens, model.config.model_type
+    if wide != "none" and family != "led":
+        raise UserError(f"model.global_tokens={wide} belongs to a checkpoint of LED; this is one of {family}")
+    return {
+        "tokenizer": {"kind": "checkpoint", "trained": tokenizer},
+        "stock": model.config.to_dict(),
+        "global_tokens": "none" if wide == "first" else wide,  # the first token is the begin, which is always global
+    }
 
 
 def build_stock(recipe: SummarizationRecipe, spec: dict[str, Any]) -> StockWriter:

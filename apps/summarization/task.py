@@ -12,11 +12,13 @@ from torch import Tensor
 
 from apps.summarization.abstractive import Writer
 from apps.summarization.baselines import budget_of, choose, text_of
+from apps.summarization.chooser import central
 from apps.summarization.decoding import Speed, write
 from apps.summarization.documents import Example
 from apps.summarization.extractive import Extractor
 from apps.summarization.faithfulness import faithfulness
 from apps.summarization.graphs import likeness
+from apps.summarization.measuring import measure
 from apps.summarization.model import build_model
 from apps.summarization.recipe import SummarizationRecipe
 from apps.summarization.results import write_results
@@ -70,6 +72,9 @@ class SummaryTask(Task):
         if recipe.model.pretrained is not None and Path(recipe.model.pretrained).expanduser().exists():
             # A finished run is loaded again where its source may be gone: its checkpoint has all weights.
             log.info("%s: %s", recipe.model.pretrained, load_pretrained(self.model, recipe.model.pretrained))
+        extractor = recipe.model.extractor
+        if extractor is not None and Path(extractor).expanduser().exists():
+            load_pretrained(self.model.chooser.extractor, extractor, key="model.extractor")  # type: ignore[union-attr]
         self.tokens = Tokens(**spec["tokenizer"]) if "tokenizer" in spec else None
         self.budget = budget_of(recipe, spec)
         self.scorer = Scorer()
@@ -82,7 +87,7 @@ class SummaryTask(Task):
         """Extractive: squared error of standardised worth, or cross-entropy of labels; else of the next token."""
         if not isinstance(self.model, Extractor):
             return self.writer.loss(batch["document"], batch["summary"]), {}
-        scores, labels, mask = self.score(batch), batch["labels"], batch["words"].mask
+        scores, labels, mask = self.model.score(batch), batch["labels"], batch["words"].mask
         if self.recipe.model.labels == "soft":
             counts = mask.sum(dim=1, keepdim=True)
             mean = (labels * mask).sum(dim=1, keepdim=True) / counts
@@ -94,18 +99,19 @@ class SummaryTask(Task):
             losses = F.binary_cross_entropy_with_logits(scores.masked_fill(~mask, 0.0), labels, reduction="none")
         return (losses * mask).sum() / mask.sum(), {}
 
-    def score(self, batch: dict[str, Any]) -> Tensor:
-        """Scores of sentences [B, N], float32."""
-        assert isinstance(self.model, Extractor)
-        features = batch["features"] if self.spec["features"] else None
-        return self.model(batch["words"], features, batch["query"] if self.spec["queries"] else None).float()
+    def worth(self) -> Any:
+        """What scores the sentences that the writer gets to read; None: it reads all."""
+        if self.recipe.model.kind != "extract_abstract":
+            return None
+        chooser = getattr(self.model, "chooser", None)
+        return central if chooser is None else chooser.scores
 
     def summarise(self, batch: dict[str, Any]) -> list[Outcome]:
         """A summary of each document of a batch, as `predict.*` of the recipe says."""
         started = time.perf_counter()
         examples = batch["carried"].examples
         if isinstance(self.model, Extractor):
-            found = [self._extract(e, s) for e, s in zip(examples, self.score(batch).cpu().double().numpy())]
+            found = [self._extract(e, s) for e, s in zip(examples, self.model.score(batch).cpu().double().numpy())]
         else:
             found = self._write(batch, examples)
         for outcome in found:
@@ -163,6 +169,7 @@ class SummaryTask(Task):
                 share = f"{found['cut_at_maximum']:.0%}"
                 log.warning("%s of the summaries were cut at their maximum length; raise predict.max_tokens", share)
             found["ms_per_token"] = self.speed.ms_per_token
+            found["state_kb"] = self.speed.state_bytes / 1024
         self.part = ""
         return found
 
@@ -199,7 +206,7 @@ class SummaryTask(Task):
 
     def artifacts(self, run_dir: Path) -> list[Path]:
         """predictions.jsonl, scores.csv, scores by length and by place in the source, the tokenizer, plots."""
-        files = write_results(run_dir, self.outcomes, self.scorer.describe())
+        files = write_results(run_dir, self.outcomes, self.scorer.describe(), lambda example: measure(self, example))
         if self.tokens is not None:
             saved = self.tokens.save(run_dir / "tokenizer.json")
             files += [saved] if saved else []

@@ -13,4 +13,5 @@ APP = App(
     metric="accuracy",
     better="higher",
     inspect="apps.vision.inspect:inspect",
+    sized="apps.vision.costs:sized",
 )

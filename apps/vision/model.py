@@ -1,4 +1,4 @@
-"""The plain backbone, the heads, and the model that puts them (or a timm model) together.
+"""The plain backbone, and the model that puts it (or a timm model) and a head together.
 
     image [B, C, H, W] -> stem -> tokens [B, N, D], row by row -> encoder of any attention -> head
 
@@ -6,77 +6,18 @@ Nothing depends on a fixed size: positions are computed from rows and columns, s
 runs at any other.
 """
 
-from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apps.vision.heads import Features, MapHead, MultiScaleHead
 from apps.vision.recipe import VisionRecipe, pair
-from core.attention.contract import Variant
+from apps.vision.stems import STEMS, Texture
 from core.attention.positions import LearnedPositions, sinusoidal
 from core.backbone import Encoder
 from core.layout import expand_layout
-
-
-class Features(NamedTuple):
-    """What a backbone makes of images.
-
-    tokens: [B, N, D], row by row.   grid: their rows and columns.   prefix: [B, P, D] tokens before them.
-    finer: feature maps [B, D', h, w] from before the tokens, finest first.   mask: [B, N] real tokens, or None.
-    """
-
-    tokens: Tensor
-    grid: tuple[int, int]
-    prefix: Tensor
-    finer: list[Tensor]
-    mask: Tensor | None
-
-    def map(self) -> Tensor:
-        """The tokens as a feature map [B, D, rows, columns]."""
-        return self.tokens.transpose(1, 2).unflatten(2, self.grid)
-
-
-class PatchStem(nn.Module):
-    """One linear map per patch."""
-
-    def __init__(self, channels: int, dim: int, patch: int):
-        super().__init__()
-        self.project = nn.Conv2d(channels, dim, patch, patch)
-        self.widths: list[int] = []
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[B, C, H, W] -> ([B, D, rows, columns], no finer maps)."""
-        return self.project(x), []
-
-
-class ConvStem(nn.Module):
-    """3 x 3 convolutions of stride 2 until a pixel is a patch: a better start for few images than one linear map.
-
-    Group norm with one group, so that no image depends on its batch.
-
-    Source:
-        Xiao et al. 2021, arXiv:2106.14881
-    """
-
-    def __init__(self, channels: int, dim: int, patch: int, width: int):
-        super().__init__()
-        self.stages = nn.ModuleList()
-        widths = [min(dim, width * 2**i) for i in range(patch.bit_length() - 2)] + [dim] if patch > 1 else [dim]
-        for out in widths[:-1]:
-            self.stages.append(nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1), nn.GroupNorm(1, out), nn.GELU()))
-            channels = out
-        self.last = nn.Conv2d(channels, dim, 3, 2 if patch > 1 else 1, 1)
-        self.widths = widths[:-1]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[B, C, H, W] -> ([B, D, rows, columns], maps of stride 2, 4, ... before it)."""
-        finer = []
-        for stage in self.stages:
-            x = stage(x)
-            finer.append(x)
-        return self.last(x), finer
 
 
 class PlainBackbone(nn.Module):
@@ -88,11 +29,7 @@ class PlainBackbone(nn.Module):
         self.patch, self.dim, dim = model.patch, backbone.dim, backbone.dim
         channels = 3 if recipe.data.channels == "rgb" else 1
         width = model.stem_width or max(4, dim // 4)
-        self.stem = (
-            ConvStem(channels, dim, model.patch, width)
-            if model.stem == "conv"
-            else PatchStem(channels, dim, model.patch)
-        )
+        self.stem = STEMS[model.stem](channels, dim, model.patch, *([] if model.stem == "patch" else [width]))
         kind = backbone.positions or "sinusoidal"
         if kind == "sinusoidal" and dim % 4:
             raise ValueError(f"sinusoidal positions of rows and columns need backbone.dim divisible by 4, got {dim}")
@@ -121,10 +58,10 @@ class PlainBackbone(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> Features:
         """Features of images [B, C, H, W]; real [B, 2]: rows and columns that are no border, None: all."""
         check_size(x, self.patch)
-        x, finer = self.stem(x)
-        grid = (x.shape[2], x.shape[3])
+        start, finer = self.stem(x)
+        grid = (start.shape[2], start.shape[3])
         rows, columns = (torch.arange(n, device=x.device) for n in grid)
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = start.flatten(2).transpose(1, 2)
         if self.sinusoidal:
             half = self.dim // 2
             at = torch.cat(
@@ -156,7 +93,7 @@ class PlainBackbone(nn.Module):
             )
             where["coordinates"] = F.pad(at, (0, 0, first, 0))
         tokens = self.encoder(tokens, key_mask=whole, grid=grid, **where)
-        return Features(tokens[:, first:], grid, tokens[:, :first], finer, mask)
+        return Features(tokens[:, first:], grid, tokens[:, :first], finer, mask, start)
 
 
 class TimmBackbone(nn.Module):
@@ -209,55 +146,6 @@ def check_size(x: Tensor, patch: int) -> None:
         )
 
 
-class MapHead(nn.Module):
-    """One linear map per token: [B, D, rows, columns] -> [B, K, rows, columns]."""
-
-    def __init__(self, dim: int, outputs: int):
-        super().__init__()
-        self.project = nn.Conv2d(dim, outputs, 1)
-
-    def forward(self, features: Features) -> Tensor:
-        """-> [B, K, rows, columns]."""
-        return self.project(features.map())
-
-
-class MultiScaleHead(nn.Module):
-    """Tokens, brought up step by step, meet the finer maps of the stem (or, without any, their own upsampled selves).
-
-    At each step: upsample by 2, add the projected finer map, convolve. The result has stride 4 or that of the finest
-    map from stride 4 on.
-
-    Source:
-        The pattern of U-Nets and feature pyramids: Lin et al. 2017, arXiv:1612.03144; from a plain backbone: Li et al.
-        2022 (ViTDet), arXiv:2203.16527
-    """
-
-    def __init__(self, dim: int, outputs: int, width: int, patch: int, finer: list[int]):
-        super().__init__()
-        steps = max(1, patch.bit_length() - 3)  # from stride `patch` up to stride 4
-        self.enter = nn.Conv2d(dim, width, 1)
-        kept = finer[::-1][:steps] + [0] * max(0, steps - len(finer))
-        self.beside = nn.ModuleList(nn.Conv2d(one, width, 1) if one else nn.Identity() for one in kept)
-        self.used = [bool(one) for one in kept]
-        self.blend = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(1, width), nn.GELU()) for _ in range(steps)
-        )
-        self.project = nn.Conv2d(width, outputs, 1)
-
-    def forward(self, features: Features) -> Tensor:
-        """-> [B, K, h, w] at stride 4 or the patch's if that is smaller."""
-        x = self.enter(features.map())
-        finer = features.finer[::-1]
-        for step, blend in enumerate(self.blend):
-            if self.used[step]:
-                side = self.beside[step](finer[step])
-                x = F.interpolate(x, size=side.shape[2:], mode="bilinear", align_corners=False) + side
-            else:
-                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            x = blend(x)
-        return self.project(x)
-
-
 class VisionModel(nn.Module):
     """Backbone and head: [B, C, H, W] -> logits [B, K], or maps [B, K, H, W] of the image's size.
 
@@ -287,6 +175,9 @@ class VisionModel(nn.Module):
         elif not timm:
             self.head = nn.Linear(self.backbone.dim, outputs)
             nn.init.zeros_(self.head.bias)
+        self.texture: Texture | None = None
+        if recipe.model.texture:
+            self.texture = Texture([*self.backbone.stem.widths, self.backbone.dim], outputs)  # type: ignore[list-item]
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """Normalised images [B, C, H, W]; real [B, 2]: rows and columns that are no border."""
@@ -295,15 +186,22 @@ class VisionModel(nn.Module):
                 return self.backbone.classify(x)
             found = self.backbone(x, real)
             assert self.head is not None
-            if self.pool == "token":
-                return self.head(found.prefix[:, -1])
-            if found.mask is None:
-                return self.head(found.tokens.mean(1))
-            weights = found.mask.to(found.tokens.dtype)[..., None]
-            return self.head((found.tokens * weights).sum(1) / weights.sum(1))
+            answer = self.head(self._pooled(found))
+            if self.texture is not None and found.start is not None:
+                answer = answer + self.texture([*found.finer, found.start])
+            return answer
         assert self.head is not None
         maps = self.head(self.backbone(x, real))
         return F.interpolate(maps, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+    def _pooled(self, found: Features) -> Tensor:
+        """[B, D]: the class token, or the mean of the real tokens."""
+        if self.pool == "token":
+            return found.prefix[:, -1]
+        if found.mask is None:
+            return found.tokens.mean(1)
+        weights = found.mask.to(found.tokens.dtype)[..., None]
+        return (found.tokens * weights).sum(1) / weights.sum(1)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameter belongs to which layer, as timm's layer decay asks for it."""
@@ -325,43 +223,3 @@ class VisionModel(nn.Module):
 
 def _below(rule: str) -> str:
     return r"^backbone\.model\." + rule.removeprefix("^")
-
-
-def count_cost(model: VisionModel, channels: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Parameters, FLOPs of a forward pass over one image (a multiply-add counts as two), and its tokens.
-
-    Linear layers and convolutions are counted as they run; attention as its variant's `cost` says.
-    """
-    counted = {"flops": 0, "tokens": 0}
-
-    patch = model.backbone.patch
-    grid = (size[0] // patch, size[1] // patch)
-
-    def weighed(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, Variant):
-            q = inputs[0]
-            on_grid: dict[str, Any] = {"grid": grid} if "grid" in signature(module.cost).parameters else {}
-            counted["flops"] += module.cost(1, q.shape[2], **on_grid).flops
-            counted["tokens"] = max(counted["tokens"], q.shape[2])
-        elif isinstance(module, nn.Linear):
-            counted["flops"] += 2 * module.weight.numel() * (inputs[0].numel() // inputs[0].shape[-1])
-        else:
-            counted["flops"] += 2 * module.weight.numel() * output.shape[2] * output.shape[3]
-
-    kinds = (nn.Linear, nn.Conv2d, Variant)
-    hooks = [module.register_forward_hook(weighed) for module in model.modules() if isinstance(module, kinds)]
-    training = model.training
-    try:
-        weight = next(model.parameters())
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_item": counted["flops"],
-        "state_bytes": 0,
-        "tokens_per_item": max(1, counted["tokens"]),
-    }

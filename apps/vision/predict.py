@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.vision.data import Reader
+from apps.vision.batches import Reader
 from apps.vision.images import SUFFIXES, BrokenImage, normalised, read_image, resized, restored, shrunk
 from apps.vision.recipe import PredictSection, VisionRecipe, pair
 from apps.vision.results import overlay, save_mask, spec_labels

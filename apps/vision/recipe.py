@@ -162,10 +162,14 @@ class ModelSection(Section):
     """How the converted model learns from `convert_from`."""
     patch: int = Field(default=16, ge=1)
     """Pixels per side of a token (plain backbone; timm: 16 stands for the model's own)."""
-    stem: Literal["patch", "conv"] = "patch"
-    """How pixels become tokens: one linear map per patch, or 3 x 3 convolutions of stride 2 (patch is a power of 2)."""
+    stem: Literal["patch", "conv", "residual"] = "patch"
+    """How pixels become tokens: one linear map per patch; 3 x 3 convolutions of stride 2 (patch is a power of 2); more
+    of these, with batch norm."""
     stem_width: int | None = Field(default=None, ge=4)
-    """Channels of the first convolution of the stem, doubled at each step up to backbone.dim; null: dim / 4."""
+    """Channels of the stem's first convolution, doubled at each step up to backbone.dim (residual: twice that); null:
+    dim / 4."""
+    texture: bool = False
+    """Classes and labels: mean and deviation of the stem's maps also answer, by a linear map beside the tokens."""
     registers: int = Field(default=0, ge=0)
     """Learned tokens before the image's (plain backbone)."""
     pool: Literal["mean", "token"] = "mean"
@@ -189,10 +193,14 @@ class ModelSection(Section):
             raise ValueError("convert_from brings its own weights; leave weights and pretrained out")
         if self.head == "multiscale" and self.task in ("classes", "labels"):
             raise ValueError(f"head=multiscale is for segments and values, the task is {self.task}")
-        if self.stem == "conv" and self.patch & (self.patch - 1):
-            raise ValueError(f"stem=conv halves the image, so patch must be a power of 2, got {self.patch}")
-        if self.stem_width is not None and self.stem != "conv":
-            raise ValueError("stem_width belongs to stem=conv")
+        if self.stem != "patch" and self.patch & (self.patch - 1):
+            raise ValueError(f"stem={self.stem} halves the image, so patch must be a power of 2, got {self.patch}")
+        if self.stem_width is not None and self.stem == "patch":
+            raise ValueError("stem_width belongs to stem=conv and stem=residual")
+        if self.texture and self.stem == "patch":
+            raise ValueError("texture reads the maps of the stem, so it wants stem=residual or stem=conv")
+        if self.texture and self.task not in ("classes", "labels"):
+            raise ValueError(f"texture is for task=classes and labels, the task is {self.task}")
         if self.timm is not None and (self.stem != "patch" or self.registers or self.pool != "mean"):
             raise ValueError("stem, registers and pool are the plain backbone's; a timm model has its own")
         return self
@@ -254,6 +262,8 @@ class VisionRecipe(Recipe):
             raise ValueError(f"augment.mixup, cutmix and smoothing are for task=classes, the task is {self.model.task}")
         if dense and (self.augment.rand_augment or self.augment.erasing):
             raise ValueError("augment.rand_augment and erasing move or hide pixels without their mask; leave them out")
+        if self.data.resize == "pad" and self.model.texture:
+            raise ValueError("model.texture would read the border of data.resize=pad, too; use crop or stretch")
         if self.data.resize == "pad" and self.model.timm is not None:
             raise ValueError("data.resize=pad masks the border, which timm's models do not; use crop or stretch")
         return self

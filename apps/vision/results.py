@@ -26,9 +26,20 @@ class Kept:
 
 
 def write_results(
-    folder: Path, spec: dict[str, Any], recipe: VisionRecipe, scores: dict[str, Any], kept: Sequence[Kept]
+    folder: Path,
+    spec: dict[str, Any],
+    recipe: VisionRecipe,
+    scores: dict[str, Any],
+    kept: Sequence[Kept],
+    costs: dict[tuple[int, int], dict[str, float]],
 ) -> list[Path]:
-    """Files of a test pass whose sums are `scores`; "" is the pass itself, other names are other sizes and models."""
+    """Files of a test pass.
+
+    Args:
+        folder: of the run.   spec: of the data.   recipe: of the run.   kept: test images whose masks are drawn.
+        scores: sums; "" is the pass itself, other names are other sizes ("at_64x64") and models.
+        costs: of one image, by (rows, columns).
+    """
     own = scores.get("")
     files: list[Path] = []
     if isinstance(own, ClassScores):
@@ -40,7 +51,7 @@ def write_results(
     if kept:
         files.append(_sheet(folder / "test_masks.png", kept, spec))
     if recipe.model.eval_sizes:
-        files += _by_size(folder, recipe, scores)
+        files += _by_size(folder, recipe, scores, costs)
     return files
 
 
@@ -89,30 +100,30 @@ def _spread(counts: Tensor, most: int = 20_000) -> tuple[np.ndarray, np.ndarray]
     return predicted.repeat_interleave(times).numpy(), labels.repeat_interleave(times).numpy()
 
 
-def _by_size(folder: Path, recipe: VisionRecipe, scores: dict[str, Any]) -> list[Path]:
-    """The resolution-transfer table: the primary metric at every size, and its plot."""
+def sizes_of_test(recipe: VisionRecipe) -> list[tuple[int, int]]:
+    """Sizes of the resolution-transfer table from small to large, that of the training among them; none: no table."""
+    sizes = {pair(size) for size in (*recipe.model.eval_sizes, recipe.data.size)} if recipe.model.eval_sizes else set()
+    return sorted(sizes, key=lambda size: size[0] * size[1])
+
+
+def _by_size(folder: Path, recipe: VisionRecipe, scores: dict[str, Any], costs: dict[Any, Any]) -> list[Path]:
+    """The resolution-transfer table: the primary metric and the costs at every size, and their plots."""
     primary = (recipe.judged_by() or ("accuracy", "higher"))[0]
-    trained = pair(recipe.data.size)
-    rows = []
-    for name, one in scores.items():
-        if name.startswith("at_") or not name:
-            size = tuple(int(x) for x in name[3:].split("x")) if name else trained
-            rows.append(
-                {"rows": size[0], "columns": size[1], "trained": int(size == trained), primary: one.compute()[primary]}
-            )
-    rows.sort(key=lambda row: row["rows"] * row["columns"])
-    with canvas(folder / "sizes.png", 5, 3.2) as figure:
-        axes = figure.add_subplot()
-        side = [(row["rows"] * row["columns"]) ** 0.5 for row in rows]
-        axes.plot(side, [row[primary] for row in rows], marker="o")
-        at = (trained[0] * trained[1]) ** 0.5
-        axes.axvline(at, linestyle=":", linewidth=1)
-        axes.annotate("trained here", (at, axes.get_ylim()[0]), fontsize=8, xytext=(4, 4), textcoords="offset points")
-        axes.set(
-            xlabel="size of the test images (square root of pixels)",
-            ylabel=f"test {primary}",
-            title="Resolution transfer",
-        )
+    trained, rows = pair(recipe.data.size), []
+    for size in sizes_of_test(recipe):
+        figure = scores["" if size == trained else f"at_{size[0]}x{size[1]}"].compute()[primary]
+        row = {"rows": size[0], "columns": size[1], "trained": int(size == trained), primary: figure}
+        rows.append(row | costs[size])
+    panels = {primary: f"test {primary}", "images_per_s": "images/s, one at a time", "peak_mb": "peak MB of a pass"}
+    with canvas(folder / "sizes.png", 10, 3.2) as figure:
+        for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
+            axes.plot([row["tokens"] for row in rows], [row[key] for row in rows], marker="o")
+            axes.axvline(costs[trained]["tokens"], linestyle=":", linewidth=1)
+            axes.set(xlabel="size of the test images (as tokens)", title=label, xscale="log")
+            axes.set_xticks([row["tokens"] for row in rows], [f"{row['rows']}x{row['columns']}" for row in rows])
+            axes.minorticks_off()
+            axes.tick_params(axis="x", rotation=30)
+        figure.suptitle("At other sizes than trained at (dotted)", fontsize=9)
     return [_table(folder / "sizes.csv", rows), folder / "sizes.png"]
 
 

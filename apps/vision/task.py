@@ -10,11 +10,13 @@ from torch import Tensor
 
 from apps.vision.augment import Mixing
 from apps.vision.convert import Distillation, load_source, source_is_there, take_over, untrained
+from apps.vision.costs import count_cost, measured_at
 from apps.vision.images import BORDER, normalised, restored
 from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
-from apps.vision.model import TimmBackbone, VisionModel, count_cost
+from apps.vision.model import TimmBackbone, VisionModel
 from apps.vision.recipe import VisionRecipe, pair
-from apps.vision.results import Kept, write_results
+from apps.vision.results import Kept, sizes_of_test, write_results
+from core.training.evaluation import autocast
 from core.training.pretrained import load_pretrained, read_weights
 from core.training.task import Task
 
@@ -76,7 +78,7 @@ class VisionTask(Task):
             log.info("timm weights: %s", load_weights(self.model.backbone.model, options.weights))
         if options.pretrained is not None:
             given, own = read_weights(options.pretrained), self.model.state_dict()
-            heads = ("head.", "backbone.model.head.")  # one for other classes starts anew
+            heads = ("head.", "texture.project.", "backbone.model.head.")  # one for other classes starts anew
             skip = [n for n in own if n.startswith(heads) and n in given and given[n].shape != own[n].shape]
             log.info("pretrained: %s", load_pretrained(self.model, options.pretrained, skip=skip))
         if options.convert_from is not None:
@@ -203,7 +205,10 @@ class VisionTask(Task):
 
     def artifacts(self, run_dir: Path) -> list[Path]:
         """Tables and plots of the test pass: by class, confusion, calibration, by size, overlays of masks."""
-        return write_results(run_dir, self.spec, self.recipe, self.tested, self.kept)
+        channels = len(self.spec["mean"])
+        with autocast(self.recipe, self.device):
+            costs = {size: measured_at(self.model, channels, size) for size in sizes_of_test(self.recipe)}
+        return write_results(run_dir, self.spec, self.recipe, self.tested, self.kept, costs)
 
     def _score(self, name: str, model: VisionModel, x: Tensor, real: Tensor | None, batch: dict[str, Any]) -> Tensor:
         answer = model(x, real).float()

@@ -17,13 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.attention import hybrid_attention, linear_attention, sliding_window_attention
 from core.attention.backends import resolve
-from core.attention.contract import Heads
+from core.attention.contract import Heads, Inputs
 from core.attention.feature_maps import feature_map
 from core.attention.positions import alibi_slopes
 from core.attention.registry import build, variant_class
 from core.attention.variants.hybrid import merged
 
 WINDOW = 128
+SIDE = 8
+"""Window on an image grid, whose sides are the two nearest powers of two: 15 x 15 keys per query."""
 SPARSE = {
     "dilated": {"window": WINDOW, "dilation": 4},
     "strided": {"stride": WINDOW},
@@ -90,10 +92,16 @@ def _recurrence(q, k, v, group, backend):
     return recurrence(q, k, v, group, backend)[0]
 
 
-def _hybrid_by_two(q, k, v):
+def _hybrid_by_two(q, k, v, causal):
     phi, scale = feature_map("elu"), q.shape[3] ** -0.5
     gate = torch.full((q.shape[1],), phi.log_gate(q.shape[3]), device=q.device)
-    return merged(q, k, v, q, k, WINDOW, phi, gate, True, None, None, scale, None, backend="triton").out
+    return merged(q, k, v, q, k, WINDOW, phi, gate, causal, None, None, scale, None, backend="triton").out
+
+
+def _image(q, k, v, backend):
+    rows = 1 << (q.shape[2].bit_length() - 1) // 2
+    variant = build("window2d", Heads(q.shape[1], k.shape[1], q.shape[3], v.shape[3]), window=SIDE)
+    return variant(q, k, v, backend=backend, inputs=Inputs(None, (rows, q.shape[2] // rows))).out
 
 
 RECURRENCES = ("vector decay", "delta", "gated delta")
@@ -108,7 +116,10 @@ def pairs(group: str, length: int) -> float:
     """Keys that a query sees exactly, in the mean."""
     if group in SPARSE:
         return build(group, Heads(1, 1, 1, 1), **SPARSE[group]).cost(1, length, causal=True).flops / (4 * length)
-    return {"softmax": length / 2, "window": WINDOW, "hybrid": WINDOW}.get(group, 0)
+    near = (2 * SIDE - 1) ** 2
+    return {"softmax": length / 2, "window": WINDOW, "window2d": near, "hybrid": WINDOW, "hybrid both": 2 * WINDOW}.get(
+        group, 0
+    )
 
 
 REFERENCES = {
@@ -118,7 +129,9 @@ REFERENCES = {
     "linear decay": partial(_decayed, backend="reference"),
     "scalar decay": partial(_scan, backend="reference"),
     "window": partial(sliding_window_attention, window=WINDOW, causal=True, backend="reference"),
+    "window2d": partial(_image, backend="reference"),
     "hybrid": partial(hybrid_attention, window=WINDOW, causal=True, backend="reference"),
+    "hybrid both": partial(hybrid_attention, window=WINDOW, backend="reference"),
     "softmax": partial(F.scaled_dot_product_attention, is_causal=True),
     **{name: partial(_pattern, name=name, backend="reference") for name in SPARSE},
 }
@@ -135,11 +148,16 @@ def ours() -> list[Contender]:
             add("linear decay", _decayed),
             add("scalar decay", _scan),
             add("window", sliding_window_attention, window=WINDOW, causal=True),
+            add("window2d", _image),
             add("hybrid", hybrid_attention, window=WINDOW, causal=True),
+            add("hybrid both", hybrid_attention, window=WINDOW),
             *(add(group, partial(_recurrence, group=group)) for group in RECURRENCES),
         ]
-    made.append(Contender("longspan triton, two kernels", "hybrid", _hybrid_by_two, "hybrid"))
+    for group, causal in (("hybrid", True), ("hybrid both", False)):
+        two = partial(_hybrid_by_two, causal=causal)
+        made.append(Contender("longspan triton, two kernels", group, two, group))
     made.append(_ours("window", sliding_window_attention, "flex", window=WINDOW, causal=True))
+    made.append(_ours("window2d", _image, "flex"))
     return made + [_ours(name, _pattern, backend, name=name) for name in SPARSE for backend in ("flex", "torch")]
 
 
@@ -148,13 +166,13 @@ def _ours(group: str, run: Callable, backend: str, **options) -> Contender:
     return Contender(f"longspan {backend}", group, run, group, longest, {"backend": backend, **options})
 
 
-def peers() -> list[Contender]:
+def peers(device: str) -> list[Contender]:
     """What else can be imported here."""
     found = [
         Contender(f"sdpa {kind.name.lower()}", "softmax", partial(_sdpa, kind=kind), "softmax", QUADRATIC)
         for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
     ]
-    found.append(Contender("two matmuls, torch.compile", "linear both", _two_products(), "linear both"))
+    found.append(Contender("two matmuls, torch.compile", "linear both", _two_products(device), "linear both"))
     if find_spec("flash_attn"):
         flash = import_module("flash_attn").flash_attn_func
         found += [
@@ -185,13 +203,13 @@ def _sdpa(q, k, v, kind):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _two_products():
+def _two_products(device: str):
     def run(q, k, v):
         fq, fk = F.elu(q) + 1, F.elu(k) + 1
         mean = fk.mT @ v / k.shape[2]
         return (fq @ mean) / (fq @ fk.mean(2).unsqueeze(-1))
 
-    return torch.compile(run, dynamic=True)
+    return torch.compile(run, dynamic=True) if device == "cuda" else run  # the rehearsal compiles nothing
 
 
 def _flash(q, k, v, flash, window):

@@ -21,6 +21,10 @@ ORDER = {
 `triton` stand last because no GPU has run them (2026-11-25): until one has confirmed and timed them, they run where
 they are asked for, as by `backend="triton"` or `set_backend("flex", "window")`."""
 
+CONFIRMED: dict[str, str] = {}
+"""Mechanism to the backend that leads for it on CUDA, once a GPU has confirmed and timed it there; a line here is how
+`auto` is turned on for a kernel that wins (benchmarks/gpu/README.md)."""
+
 FLEX = {"devices": ("cuda",), "dtypes": (torch.float32, torch.float16, torch.bfloat16), "widths": (16, 256)}
 """What `core.attention.flex` takes, as arguments of `implementation`. Below a width of 16 torch's kernel has no product
 of matrices (torch 2.15); that file is imported when it is first called, for it takes more than a second."""
@@ -28,6 +32,13 @@ of matrices (torch 2.15); that file is imported when it is first called, for it 
 BACKENDS = ("reference", "torch", "sdpa", "flex", "triton", "fla")
 
 log = logging.getLogger("longspan.attention")
+
+
+def preference(mechanism: str, device: str) -> tuple[str, ...]:
+    """The order in which `auto` tries the backends of a mechanism."""
+    order = ORDER.get(device, ORDER["cpu"])
+    first = CONFIRMED.get(mechanism) if device == "cuda" else None
+    return order if first is None else (first, *(name for name in order if name != first))
 
 
 class Implementation(NamedTuple):
@@ -112,7 +123,7 @@ def resolve(
             )
         return _say(mechanism, Choice(backend, known[backend].run, "asked for"), device, dtype)
     passed = []
-    for name in ORDER.get(device, ORDER["cpu"]):
+    for name in preference(mechanism, device):
         if name in known:
             lacks = _lacks(known[name], device, dtype, needs, widths)
             if not lacks:
@@ -166,7 +177,7 @@ def explain_backend(
     chosen = resolve(mechanism, "auto", device, dtype, tuple(needs))
     title = f"{mechanism} on {device}, {str(dtype).removeprefix('torch.')}"
     lines = [title + (f", needs {', '.join(needs)}" if needs else "")]
-    order = ("reference", *ORDER.get(device, ORDER["cpu"]))
+    order = ("reference", *preference(mechanism, device))
     for name in sorted(_table[mechanism], key=lambda n: order.index(n) if n in order else len(order)):
         lacks = _lacks(_table[mechanism][name], device, dtype, tuple(needs))
         text = f"does not serve {lacks}" if lacks else "serves"

@@ -226,6 +226,10 @@ class Variant(nn.Module):
         super().__init__()
         self.heads = heads
 
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Attended:
+        """`forward`, after autocast: the one entrance of all variants."""
+        return super().__call__(*lowered(q, k, v), **options)
+
     def forward(
         self,
         q: Tensor,
@@ -296,6 +300,15 @@ class Variant(nn.Module):
 def state_bytes(state: State) -> int:
     """Bytes that a decoding state occupies."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v as autocast gives them to torch's own attention: narrowed where it is on, float64 left as it is."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.attention.blocked.pairs import alone, like
 from core.attention.contract import Heads
 from core.attention.learned_maps import LearnedMap
 
@@ -168,6 +169,4 @@ def favor_redraw(omega: Tensor, counters: Tensor, every: int) -> tuple[Tensor, T
     return omega.clone(), counters
 
 
-@favor_redraw.register_fake
-def _(omega, counters, every):
-    return torch.empty_like(omega), torch.empty_like(counters)
+alone(favor_redraw, lambda omega, counters, every: like(omega, counters))

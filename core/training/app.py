@@ -39,6 +39,9 @@ class App:
         better: its direction.
         inspect: `inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]` writes into a folder what there is
             to see inside the model; None: nothing.
+        sized: `sized(recipe, sizes, batch, device) -> {size: Sized}`, the untrained model at several sizes of its
+            input, for `longspan bench RECIPE` (core.training.costs); sizes as the user wrote them, none: the app's
+            choice. None: the app does not say.
     """
 
     name: str
@@ -51,8 +54,9 @@ class App:
     metric: str
     better: Literal["lower", "higher"]
     inspect: str | None = None
+    sized: str | None = None
 
-    def part(self, name: Literal["recipe", "data", "task", "floors", "predict", "inspect"]) -> Any:
+    def part(self, name: Literal["recipe", "data", "task", "floors", "predict", "inspect", "sized"]) -> Any:
         """The object behind one of the references."""
         return load(getattr(self, name))
 

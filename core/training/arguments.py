@@ -118,12 +118,18 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     run("report", "the folder of a comparison")
     bench = verbs["bench"]
-    bench.add_argument("--suite", default="speed", metavar="SUITE", help=f"{' or '.join(SUITES)}; default: speed")
+    bench.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="measure this recipe's model at several sizes; none: single layers"
+    )
+    overrides("bench")
+    bench.add_argument("--suite", metavar="SUITE", help=f"of single layers: {' or '.join(SUITES)}; default: speed")
     bench.add_argument("--variants", default="", metavar="A,B,C", help="such as gla,hybrid:window=16")
     bench.add_argument(
         "--seeds", metavar="N", help="of recall's models: a number of seeds (default 3), or a list 0,4,7"
     )
     bench.add_argument("--tasks", default="", metavar="A,B", help="of recall: pairs, needle; default: both")
+    bench.add_argument("--sizes", metavar="A,B", help="of a recipe's model: such as 224,512,480x640")
+    bench.add_argument("--batch", type=int, metavar="N", help="of a recipe's model: items per pass (default 1)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the figures here, as JSON")
     verbs["schema"].add_argument("app", metavar="APP", help="as `longspan list apps` shows it")

@@ -230,26 +230,48 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    if args.suite not in SUITES:
-        raise UserError(f"unknown suite {args.suite!r}{nearest(args.suite, SUITES)}; known: {', '.join(SUITES)}")
-    if args.suite == "speed" and args.seeds is not None:
-        raise UserError("--seeds goes with --suite recall: speed has no randomness that matters")
-    if args.suite == "speed" and args.tasks:
-        raise UserError("--tasks goes with --suite recall")
-    variants, tasks = (
-        [word.strip() for word in text.split(",") if word.strip()] for text in (args.variants, args.tasks)
+    variants, tasks, sizes = (
+        [word.strip() for word in (text or "").split(",") if word.strip()]
+        for text in (args.variants, args.tasks, args.sizes)
     )
     try:
         for word in variants:
-            check_name(word.partition(":")[0])
+            if args.recipe is None or word != "recipe":
+                check_name(word.partition(":")[0])
     except ValueError as error:
         raise UserError(f"--variants: {error}") from error
+    if args.recipe is not None:
+        _bench_recipe(args, variants, sizes)
+        return
+    if args.sizes is not None or args.batch is not None:
+        raise UserError(f"{'--batch' if args.sizes is None else '--sizes'} goes with a recipe: longspan bench RECIPE")
+    suite = args.suite or "speed"
+    if suite not in SUITES:
+        raise UserError(f"unknown suite {suite!r}{nearest(suite, SUITES)}; known: {', '.join(SUITES)}")
+    if suite == "speed" and args.seeds is not None:
+        raise UserError("--seeds goes with --suite recall: speed has no randomness that matters")
+    if suite == "speed" and args.tasks:
+        raise UserError("--tasks goes with --suite recall")
     seeds = _seeds(args.seeds or "3")
 
     from core.training.bench import bench
 
     chosen = range(seeds) if isinstance(seeds, int) else seeds
-    bench(args.suite, variants=variants, seeds=chosen, tasks=tasks, device=args.device, out=args.out)
+    bench(suite, variants=variants, seeds=chosen, tasks=tasks, device=args.device, out=args.out)
+
+
+def _bench_recipe(args: argparse.Namespace, variants: list[str], sizes: list[str]) -> None:
+    from core.training.recipe import load_recipe
+
+    load_recipe(args.recipe, args.overrides)
+    for option in ("suite", "seeds", "tasks"):
+        if getattr(args, option):
+            raise UserError(f"--{option} goes with single layers; leave {args.recipe} or --{option} out")
+
+    from core.training.costs import costs
+
+    given = {"variants": variants, "sizes": sizes, "batch": 1 if args.batch is None else args.batch}
+    costs(args.recipe, overrides=args.overrides, device=args.device, out=args.out, **given)
 
 
 def _doctor(args: argparse.Namespace) -> int:

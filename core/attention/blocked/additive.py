@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.attention.blocked import batches, block_elements, full_precision
+from core.attention.blocked.pairs import join_softmax
 from core.attention.contract import accumulator
 
 KEYS = 64
@@ -143,23 +144,4 @@ def additive_backward(
     return da, dc.to(c.dtype), dw.to(w.dtype), dv.to(v.dtype)
 
 
-@additive_forward.register_fake
-def _(a, c, w, v, key_mask, slopes, causal):
-    return v.new_empty(*a.shape[:3], v.shape[3]), v.new_empty(a.shape[:3], dtype=accumulator(v.dtype))
-
-
-@additive_backward.register_fake
-def _(d_out, d_mass, a, c, w, v, out, mass, key_mask, slopes, causal):
-    return tuple(x.new_empty(x.shape) for x in (a, c, w, v))
-
-
-def _setup(ctx, inputs, output):
-    a, c, w, v, key_mask, slopes, ctx.causal = inputs
-    ctx.save_for_backward(a, c, w, v, *output, key_mask, slopes)
-
-
-def _backward(ctx, d_out, d_mass):
-    return *additive_backward(d_out, d_mass, *ctx.saved_tensors, ctx.causal), None, None, None
-
-
-additive_forward.register_autograd(_backward, setup_context=_setup)
+join_softmax(additive_forward, additive_backward, fixed=2, learned=4)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from core.attention.blocked import full_precision
+from core.attention.blocked.pairs import join, like
 from core.attention.blocked.softmax import _blocks, _grouped, _Scores
 from core.attention.contract import accumulator
 
@@ -164,8 +165,7 @@ def hard_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@hard_forward.register_fake
-def _(q, k, v, key_mask, slopes, seed, temperature, causal, scale, straight, measure):
+def _shapes(q, k, v, key_mask, slopes, seed, temperature, causal, scale, straight, measure):
     shape = q.shape[:3]
     measured = shape if measure else (0,)
     return (
@@ -176,11 +176,8 @@ def _(q, k, v, key_mask, slopes, seed, temperature, causal, scale, straight, mea
     )
 
 
-@hard_backward.register_fake
-def _(
-    d_out, d_log_prob, d_entropy, q, k, v, chosen, entropy, key_mask, slopes, seed, temperature, causal, scale, straight
-):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _gradient_shapes(d_out, d_log_prob, d_entropy, q, k, v, *_):
+    return like(q, k, v)
 
 
 def _setup(ctx, inputs, output):
@@ -196,4 +193,4 @@ def _backward(ctx, d_out, _d_chosen, d_log_prob, d_entropy):
     return *grads, *([None] * 8)
 
 
-hard_forward.register_autograd(_backward, setup_context=_setup)
+join(hard_forward, hard_backward, _shapes, _gradient_shapes, _setup, _backward)

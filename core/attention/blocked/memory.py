@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.attention.blocked import full_precision
+from core.attention.blocked.pairs import join, like
 from core.attention.contract import accumulator
 
 
@@ -82,17 +83,15 @@ def memory_backward(
     return [*grads, ds]
 
 
-@memory_forward.register_fake
-def _(f, g, v, state, size, delta, keep):
+def _shapes(f, g, v, state, size, delta, keep):
     acc = accumulator(f.dtype)
     spans = (f.shape[3] + size - 1) // size if keep else 0
     out = f.new_empty(*f.shape[:-1], v.shape[-1], dtype=acc)
     return out, state.new_empty(state.shape, dtype=acc), state.new_empty(spans, *state.shape, dtype=acc)
 
 
-@memory_backward.register_fake
-def _(d_out, d_end, f, g, v, borders, size, delta):
-    return [*(x.new_empty(x.shape) for x in (f, g, v)), borders.new_empty(borders.shape[1:])]
+def _gradient_shapes(d_out, d_end, f, g, v, borders, size, delta):
+    return [*like(f, g, v), borders.new_empty(borders.shape[1:])]
 
 
 def _setup(ctx, inputs, output):
@@ -105,4 +104,4 @@ def _backward(ctx, d_out, d_end, _d_borders):
     return *memory_backward(d_out, d_end, *ctx.saved_tensors, ctx.size, ctx.delta), None, None, None
 
 
-memory_forward.register_autograd(_backward, setup_context=_setup)
+join(memory_forward, memory_backward, _shapes, _gradient_shapes, _setup, _backward)

@@ -1,7 +1,10 @@
-"""How a pair of operators, forward and backward, becomes one differentiable function.
+"""How operators are registered: the shapes for tracing, what is saved, where gradients go, and what is refused.
 
-The same for the blocked forms and the kernels of one operation: the shapes for tracing, what is saved, and where the
-gradients go. Operations whose outputs or gradients are their own kind say so in their own files.
+The same for the blocked forms and the kernels of one operation. Operators whose outputs or gradients are their own kind
+say so in their own files, and are registered by `join`, or by `alone` where nothing flows back.
+
+Autocast does not reach an operator: the entrances (`contract.lowered`) have narrowed q, k and v once, and what comes
+wide after that is wide on purpose, features and gates. A second derivative and torch.vmap are one clear error each.
 """
 
 from collections.abc import Callable
@@ -14,28 +17,63 @@ from core.attention.contract import accumulator
 from core.attention.feature_maps import feature_map as phi_named
 
 
-def join_softmax(forward: Any, backward: Any, fixed: int) -> None:
+def join(
+    forward: Any, backward: Any, shapes: Callable, gradient_shapes: Callable, setup: Callable, gradients: Callable
+) -> None:
+    """Register `backward` as the gradient of `forward`.
+
+    Args:
+        shapes: empty outputs from the arguments of `forward`.   gradient_shapes: the same of `backward`.
+        setup: (ctx, inputs, output), keeps what the backward needs.
+        gradients: (ctx, *d outputs) -> d inputs, None where there is none.
+    """
+    alone(forward, shapes)
+    alone(backward, gradient_shapes)
+    forward.register_autograd(gradients, setup_context=setup)
+
+    def once(ctx, *_):
+        raise NotImplementedError(
+            f"{forward._qualname} has no second derivative: backend='reference' has one, at quadratic cost"
+        )
+
+    backward.register_autograd(once)
+
+
+def alone(operator: Any, shapes: Callable) -> None:
+    """Register an operator without gradient: the shapes for tracing, and that it cannot be mapped over."""
+    operator.register_fake(shapes)
+
+    def whole(info, in_dims, *_):
+        raise NotImplementedError(
+            f"{operator._qualname} cannot run under torch.vmap: make the mapped dimension a part of the batch"
+        )
+
+    operator.register_vmap(whole)
+
+
+def join_softmax(forward: Any, backward: Any, fixed: int, learned: int = 3) -> None:
     """Register `backward` as the gradient of `forward`, an attention with softmax's weights.
 
     Args:
         forward: (q, k, v, *fixed tensors, *options) -> (out [B, H, L, E], log_mass [B, H, L]).
         backward: (d_out, d_mass, q, k, v, out, log_mass, *fixed tensors, *options) -> (dq, dk, dv).
         fixed: tensors that get no gradient, masks and the like, which may be absent.
+        learned: tensors that get one; the first is that of the queries, the last the values.
     """
 
-    def shapes(q: Tensor, k: Tensor, v: Tensor, *given):
+    def shapes(q: Tensor, *given):
+        v = given[learned - 2]
         return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
     def setup(ctx, inputs, output):
-        q, k, v, *given = inputs
-        ctx.options = given[fixed:]
-        ctx.save_for_backward(q, k, v, *output, *given[:fixed])
+        ctx.options = inputs[learned + fixed :]
+        ctx.save_for_backward(*inputs[:learned], *output, *inputs[learned : learned + fixed])
 
     def gradients(ctx, d_out, d_mass):
         grads = backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options)
         return *grads, *([None] * (fixed + len(ctx.options)))
 
-    _join(forward, backward, shapes, lambda d_out, d_mass, q, k, v, *_: _like(q, k, v), setup, gradients)
+    join(forward, backward, shapes, lambda d_out, d_mass, *given: like(*given[:learned]), setup, gradients)
 
 
 def join_sums(forward: Any, backward: Any) -> None:
@@ -67,9 +105,9 @@ def join_sums(forward: Any, backward: Any) -> None:
         return dq, dk, dv, None, None, ds if started else None, *([None] * (1 + len(ctx.options)))
 
     def like_inputs(d_out, d_mass, d_state, q, k, v, out, den, end, *_):
-        return *_like(q, k, v), torch.empty_like(end)
+        return *like(q, k, v), torch.empty_like(end)
 
-    _join(forward, backward, shapes, like_inputs, setup, gradients)
+    join(forward, backward, shapes, like_inputs, setup, gradients)
 
 
 def join_scan(forward: Any, backward: Any, kept: int = 0) -> None:
@@ -85,7 +123,7 @@ def join_scan(forward: Any, backward: Any, kept: int = 0) -> None:
     def shapes(q: Tensor, k: Tensor, v: Tensor, *_):
         out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
         end = q.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
-        return out, end, *_like(*[v] * kept)
+        return out, end, *like(*[v] * kept)
 
     def setup(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[2:])
@@ -98,16 +136,11 @@ def join_scan(forward: Any, backward: Any, kept: int = 0) -> None:
 
     def like_inputs(d_out, d_end, *tensors):
         *inputs, _, end = tensors[: len(tensors) - kept]
-        return *_like(*inputs), torch.empty_like(end)
+        return *like(*inputs), torch.empty_like(end)
 
-    _join(forward, backward, shapes, like_inputs, setup, gradients)
+    join(forward, backward, shapes, like_inputs, setup, gradients)
 
 
-def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Empty tensors of these shapes and dtypes, as an operator writes its gradients: contiguous."""
     return tuple(x.new_empty(x.shape) for x in tensors)
-
-
-def _join(forward, backward, shapes: Callable, gradient_shapes: Callable, setup: Callable, gradients: Callable):
-    forward.register_fake(shapes)
-    backward.register_fake(gradient_shapes)
-    forward.register_autograd(gradients, setup_context=setup)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.attention.blocked import batches, full_precision
+from core.attention.blocked.pairs import join, like
 from core.attention.contract import accumulator
 
 CHUNK = {"decay": 128, "vector_decay": 64, "delta": 64, "vector_delta": 64}
@@ -213,17 +214,15 @@ def scan_backward(
     return [*grads, ds_all]
 
 
-@scan_forward.register_fake
-def _(kind, inputs, state, keep):
+def _shapes(kind, inputs, state, keep):
     q, v, acc = inputs[0], inputs[2], accumulator(inputs[0].dtype)
     spans = (q.shape[3] + CHUNK[kind] - 1) // CHUNK[kind] if keep else 0
     out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=acc)
     return out, state.new_empty(state.shape, dtype=acc), state.new_empty(spans, *state.shape, dtype=acc)
 
 
-@scan_backward.register_fake
-def _(d_out, d_end, kind, inputs, borders):
-    return [*(x.new_empty(x.shape) for x in inputs), borders.new_empty(borders.shape[1:])]
+def _gradient_shapes(d_out, d_end, kind, inputs, borders):
+    return [*like(*inputs), borders.new_empty(borders.shape[1:])]
 
 
 def _setup(ctx, inputs, output):
@@ -238,4 +237,4 @@ def _backward(ctx, d_out, d_end, _d_borders):
     return None, grads, ds, None
 
 
-scan_forward.register_autograd(_backward, setup_context=_setup)
+join(scan_forward, scan_backward, _shapes, _gradient_shapes, _setup, _backward)

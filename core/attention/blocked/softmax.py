@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.attention.blocked import batches, block_elements, full_precision
+from core.attention.blocked.pairs import join, like
 from core.attention.contract import accumulator
 
 
@@ -163,18 +164,13 @@ def softmax_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype), db
 
 
-@softmax_forward.register_fake
-def _(q, k, v, key_mask, bias, slopes, causal, scale):
-    batch, heads, queries, _ = q.shape
-    return v.new_empty(batch, heads, queries, v.shape[3]), q.new_empty(
-        batch, heads, queries, dtype=accumulator(q.dtype)
-    )
+def _shapes(q, k, v, key_mask, bias, slopes, causal, scale):
+    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
-@softmax_backward.register_fake
-def _(d_out, d_mass, q, k, v, out, mass, key_mask, bias, slopes, causal, scale, bias_grad):
+def _gradient_shapes(d_out, d_mass, q, k, v, out, mass, key_mask, bias, slopes, causal, scale, bias_grad):
     shape = bias.shape if bias is not None and bias_grad else (0,)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(shape, dtype=accumulator(q.dtype)))
+    return *like(q, k, v), q.new_empty(shape, dtype=accumulator(q.dtype))
 
 
 def _setup(ctx, inputs, output):
@@ -191,4 +187,4 @@ def _backward(ctx, d_out, d_mass):
     return dq, dk, dv, None, db.to(bias.dtype) if ctx.bias_grad else None, None, None, None
 
 
-softmax_forward.register_autograd(_backward, setup_context=_setup)
+join(softmax_forward, softmax_backward, _shapes, _gradient_shapes, _setup, _backward)

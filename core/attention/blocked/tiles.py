@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.attention.blocked import batches, block_elements, full_precision
+from core.attention.blocked.pairs import alone, join_softmax
 from core.attention.contract import accumulator
 
 LEAST, LEAST_OUTSIDE = 4, 5
@@ -265,41 +266,22 @@ def _beyond(states: Tensor, tiles: Tiles) -> Tensor:
     return found
 
 
-@near_forward.register_fake
-def _(q, k, v, key_mask, rows, columns, window, scale):
-    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
-
-
-@near_backward.register_fake
-def _(d_out, d_mass, q, k, v, out, mass, key_mask, rows, columns, window, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-@outside.register_fake
-def _(a, b, c, rows, columns, window):
+def _sums_shape(a, b, c, rows, columns, window):
     return a.new_empty(*a.shape[:3], c.shape[3], dtype=accumulator(a.dtype))
 
 
-def _setup_near(ctx, inputs, output):
-    q, k, v, key_mask, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask)
-
-
-def _near_gradients(ctx, d_out, d_mass):
-    return *near_backward(d_out, d_mass, *ctx.saved_tensors, *ctx.options), None, *([None] * len(ctx.options))
-
-
-def _setup_outside(ctx, inputs, output):
+def _setup(ctx, inputs, output):
     *tensors, ctx.rows, ctx.columns, ctx.window = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _outside_gradients(ctx, dy):
+def _gradients(ctx, dy):
     a, b, c = ctx.saved_tensors
     given = (ctx.rows, ctx.columns, ctx.window)
     da, db, dc = outside(dy, c, b, *given), outside(c, dy, a, *given), outside(b, a, dy, *given)
     return da.to(a.dtype), db.to(b.dtype), dc.to(c.dtype), None, None, None
 
 
-near_forward.register_autograd(_near_gradients, setup_context=_setup_near)
-outside.register_autograd(_outside_gradients, setup_context=_setup_outside)
+join_softmax(near_forward, near_backward, fixed=1)
+alone(outside, _sums_shape)
+outside.register_autograd(_gradients, setup_context=_setup)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.attention.blocked import block_elements, full_precision
-from core.attention.blocked.pairs import join_softmax
+from core.attention.blocked.pairs import alone, join_softmax
 from core.attention.contract import accumulator
 
 ROWS = (32, 128)
@@ -232,9 +232,5 @@ def window_top(q: Tensor, k: Tensor, key_mask: Tensor | None, window: int, causa
     return top
 
 
-@window_top.register_fake
-def _(q, k, key_mask, window, causal, scale):
-    return q.new_empty(q.shape[:3], dtype=torch.int64)
-
-
 join_softmax(window_forward, window_backward, fixed=2)
+alone(window_top, lambda q, *_: q.new_empty(q.shape[:3], dtype=torch.int64))

@@ -192,7 +192,7 @@ class _Chunks:
         self.t = torch.empty(self.batch, self.heads, self.length, blocks.chunk, dtype=torch.float32, device=k.device)
         _couple[(-(-self.length // blocks.chunk) * self.batch * self.heads,)](
             self.k, self.b, self.beta, self.squares(self.k), self.t, *self.k.stride()[:3], self.heads, self.length,
-            **shape, **self.products,
+            **shape, **{**self.products, "num_warps": max(1, min(4, padded(width) // 64))},  # rows wait for each other
         )  # fmt: skip
 
     def squares(self, q: Tensor) -> Tensor:

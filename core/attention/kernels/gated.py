@@ -39,7 +39,7 @@ from core.attention.kernels.gated_sweeps import (
     write,
 )
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous, segments
-from core.attention.kernels.linear_sweeps import prefix
+from core.attention.kernels.prefix import prefix
 from core.attention.kernels.step import decay_step, is_step
 
 BLOCKS = {

@@ -27,7 +27,8 @@ from core.attention.blocked.pairs import join_sums
 from core.attention.feature_maps import feature_map as phi_named
 from core.attention.kernels.features import MAPS, row_gradients
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous, segments
-from core.attention.kernels.linear_sweeps import forward, key_gradient, prefix, query_gradient, write
+from core.attention.kernels.linear_sweeps import forward, key_gradient, query_gradient, write
+from core.attention.kernels.prefix import prefix
 
 BLOCKS = {
     None: Blocks(16, 32, 8, 1),

@@ -1,7 +1,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # Triton compiles this file by rules of its own, which a type checker does not know.
-"""The linear kernels: write sums of segments, their prefix, outputs, gradients. `linear` says what they compute.
+"""The linear kernels: write sums of segments, outputs, gradients. `linear` says what they compute.
 
 Arguments, beside pointers and their strides (b, h, l): H heads per batch item of this launch, GROUP of them per key
 head, L rows, M keys, T steps of the timeline, on which row = row0 + step u and key = key0 + step u; `tiles` of value
@@ -76,32 +76,6 @@ def write(
 
 
 @triton.jit
-def prefix(
-    sums, totals, first, end, states, parts, blocks,
-    N: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    RATES: tl.constexpr = 1,
-):  # fmt: skip
-    """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order.
-
-    RATES: log-decays per part, one per head or one per row of the state.
-    """
-    bh = tl.program_id(0) // blocks
-    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < N
-    s = tl.zeros([BLOCK], tl.float32)
-    if FIRST:
-        s = tl.load(first + bh.to(tl.int64) * N + at, mask=ok, other=0.0)
-    for n in range(parts):
-        part = bh * parts + (parts - 1 - n if REVERSE else n)
-        one = part.to(tl.int64) * N + at
-        tl.store(states + one, s, mask=ok)
-        if DECAY:
-            s *= tl.exp(tl.load(totals + part.to(tl.int64) * RATES + at // (N // RATES), mask=ok, other=0.0))
-        s += tl.load(sums + one, mask=ok, other=0.0)
-    tl.store(end + bh.to(tl.int64) * N + at, s, mask=ok)
-
-
-@triton.jit
 def load_state(states, at, f, e, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
     """(S [F, values], z [F]) that begin at `states` + at."""
     width: tl.constexpr = E + 1 if ONES else E
@@ -121,7 +95,7 @@ def _store_state(states, at, f, e, s, z, tile, F: tl.constexpr, E: tl.constexpr,
 
 
 @triton.jit
-def _weights(a, c, D: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def weights(a, c, D: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """(phi(q) phi(k)^T, its derivative by q k^T) from features, or for Taylor from q and k themselves."""
     s = product(a, tl.trans(c), DOT, PRECISION)
     if MAP == "taylor":
@@ -179,9 +153,9 @@ def forward(
             if MAP == "taylor":
                 xq = features(q, i * ql, row, c, D, D, "identity")
                 xk = features(k, j * kl, key, c, D, D, "identity")
-                w, _ = _weights(xq, xk, D, MAP, DOT, PRECISION)
+                w, _ = weights(xq, xk, D, MAP, DOT, PRECISION)
             else:
-                w, _ = _weights(fq, fk, D, MAP, DOT, PRECISION)
+                w, _ = weights(fq, fk, D, MAP, DOT, PRECISION)
             seen = (u[:, None] >= u[None, :]) & key[None, :]
             if DECAY != "none":
                 w *= tl.exp(tl.where(seen, running[:, None] - running[None, :], 0.0))
@@ -267,7 +241,7 @@ def query_gradient(
             if MAP == "taylor":
                 xq = features(q, i * ql, row, c, D, D, "identity")
                 xk = features(k, j * kl, key, c, D, D, "identity")
-                _, slope = _weights(xq, xk, D, MAP, DOT, PRECISION)
+                _, slope = weights(xq, xk, D, MAP, DOT, PRECISION)
                 inner = product(dw * slope, xk, DOT, PRECISION)
             else:
                 d += product(dw, fk, DOT, PRECISION)
@@ -347,9 +321,9 @@ def key_gradient(
             if MAP == "taylor":
                 xq = features(q, i * ql, row, c, D, D, "identity")
                 xk = features(k, j * kl, key, c, D, D, "identity")
-                w, slope = _weights(xq, xk, D, MAP, DOT, PRECISION)
+                w, slope = weights(xq, xk, D, MAP, DOT, PRECISION)
             else:
-                w, slope = _weights(fq, fk, D, MAP, DOT, PRECISION)
+                w, slope = weights(fq, fk, D, MAP, DOT, PRECISION)
             if DECAY != "none":
                 fall = tl.exp(tl.where(seen, running[:, None] - running[None, :], 0.0))
                 w *= fall

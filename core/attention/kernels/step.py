@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.attention.blocked.pairs import alone
 from core.attention.feature_maps import feature_map as phi_named
 from core.attention.kernels.features import features
 from core.attention.kernels.launch import on, padded, rows_contiguous
@@ -137,22 +138,20 @@ def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
     return out, end
 
 
-@linear_step.register_fake
-def _(q, k, v, key_mask, decay, state, count, feature_map, normalize):
-    mass = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return v.new_empty(*q.shape[:3], v.shape[3]), mass, q.new_empty(state.shape, dtype=torch.float32)
+def _shapes(q, k, v, *given):
+    exact = {"dtype": torch.float32}
+    return q.new_empty(*q.shape[:3], v.shape[3], **exact), q.new_empty(given[-1].shape, **exact)
 
 
-@decay_step.register_fake
-def _(q, k, v, g, state):
-    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
-    return out, q.new_empty(state.shape, dtype=torch.float32)
+def _linear_shapes(q, k, v, key_mask, decay, state, count, feature_map, normalize):
+    exact = {"dtype": torch.float32}
+    out = v.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[:3], **exact), q.new_empty(state.shape, **exact)
 
 
-@delta_step.register_fake
-def _(q, k, v, g, beta, state):
-    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
-    return out, q.new_empty(state.shape, dtype=torch.float32)
+alone(linear_step, _linear_shapes)
+alone(decay_step, _shapes)
+alone(delta_step, _shapes)
 
 
 def is_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> bool:

@@ -73,6 +73,34 @@ def scores(
 
 
 @triton.jit
+def absorb(s, values, top, total, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Running maximum, sum and weighted values of each row after one more block of scores (units of log 2)."""
+    higher = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    fall, p = tl.exp2(top - safe), tl.exp2(s - safe[:, None])
+    return higher, total * fall + tl.sum(p, 1), acc * fall[:, None] + product(p, values, DOT, PRECISION)
+
+
+@triton.jit
+def finish(out, mass, place, row, e, top, total, acc, E: tl.constexpr):
+    """Write the means and log masses of rows `place`; 0 and -inf where nothing was seen."""
+    whole = tl.where(total > 0, total, 1.0)
+    log = tl.where(total > 0, (top + tl.log2(whole)) / LOG2E, float("-inf"))
+    tl.store(mass + place, log, mask=row)
+    spot = out + place[:, None] * E + e[None, :]
+    tl.store(spot, (acc / whole[:, None]).to(out.dtype.element_ty), mask=row[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def upstream(q, d_out, mass, delta, i, place, row, c, e, ql, dl, D: tl.constexpr, E: tl.constexpr):
+    """(queries, d out, their log mass in units of log 2, delta) of rows i, whose row scalars stand at `place`."""
+    x, do = tile(q, i.to(tl.int64) * ql, row, c, D), tile(d_out, i.to(tl.int64) * dl, row, e, E)
+    level = tl.load(mass + place, mask=row, other=0.0) * LOG2E
+    level = tl.where(level == float("-inf"), 0.0, level)
+    return x, do, level, tl.load(delta + place, mask=row, other=0.0)
+
+
+@triton.jit
 def _forward(
     q, k, v, mask, slopes, out, mass,
     qb, qh, ql, kb, kh, kl, vb, vh, vl, mb, H, GROUP, L, M, W, scale,
@@ -100,18 +128,9 @@ def _forward(
         key = real(mask, j, M, MASK)
         keys = tile(k, j.to(tl.int64) * kl, key, c, D)
         s = scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
-        higher = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        fall, p = tl.exp2(top - safe), tl.exp2(s - safe[:, None])
-        total = total * fall + tl.sum(p, 1)
-        acc = acc * fall[:, None] + product(p, tile(v, j.to(tl.int64) * vl, key, e, E), DOT, PRECISION)
-        top = higher
-    whole = tl.where(total > 0, total, 1.0)
-    place = bh.to(tl.int64) * L + i
-    log = tl.where(total > 0, (top + tl.log2(whole)) / LOG2E, float("-inf"))
-    tl.store(mass + place, log, mask=row)
-    spot = out + place[:, None] * E + e[None, :]
-    tl.store(spot, (acc / whole[:, None]).to(out.dtype.element_ty), mask=row[:, None] & (e < E)[None, :])
+        values = tile(v, j.to(tl.int64) * vl, key, e, E)
+        top, total, acc = absorb(s, values, top, total, acc, DOT, PRECISION)
+    finish(out, mass, bh.to(tl.int64) * L + i, row, e, top, total, acc, E)
 
 
 @triton.jit
@@ -149,11 +168,9 @@ def _query_gradient(
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h).to(tl.float32)
-    x = tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
-    do = tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
-    level = tl.load(mass + place, mask=row, other=0.0) * LOG2E
-    level = tl.where(level == float("-inf"), 0.0, level)
-    offset = tl.load(delta + place, mask=row, other=0.0)
+    x, do, level, offset = upstream(
+        q + b * qb + h * qh, d_out + b * db + h * dh, mass, delta, i, place, row, c, e, ql, dl, D, E
+    )
     acc = tl.zeros([BM, DP], tl.float32)
     first = tl.maximum(0, i0 + M - L - W + 1) // BN * BN
     last = tl.minimum(M, i0 + BM + M - L + (0 if CAUSAL else W - 1))
@@ -194,11 +211,9 @@ def _key_gradient(
         for i0 in range(first, last, BM):
             i = i0 + tl.arange(0, BM)
             row, place = i < L, (b * H + h) * L + i
-            x = tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
-            do = tile(d_out + b * db + h * dh, i.to(tl.int64) * dl, row, e, E)
-            level = tl.load(mass + place, mask=row, other=0.0) * LOG2E
-            level = tl.where(level == float("-inf"), 0.0, level)
-            offset = tl.load(delta + place, mask=row, other=0.0)
+            x, do, level, offset = upstream(
+                q + b * qb + h * qh, d_out + b * db + h * dh, mass, delta, i, place, row, c, e, ql, dl, D, E
+            )
             s = scores(x, keys, i + M - L, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
             p = tl.exp2(s - level[:, None])
             value_acc += product(tl.trans(p), do, DOT, PRECISION)
@@ -221,7 +236,7 @@ def delta_of(d_out: Tensor, out: Tensor, d_mass: Tensor | None) -> Tensor:
     return delta
 
 
-class _Call:
+class Call:
     """Arguments that the launches of one call share."""
 
     def __init__(self, q, k, v, key_mask, slopes, window: int, causal: bool, scale: float):
@@ -270,7 +285,7 @@ def window_forward(
     if 0 in (*q.shape, k.shape[2], v.shape[3]):
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
         return out, torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    call = _Call(q, k, v, key_mask, slopes, window, causal, scale)
+    call = Call(q, k, v, key_mask, slopes, window, causal, scale)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
     mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on(q.device):
@@ -300,7 +315,7 @@ def window_backward(
     if 0 in (*q.shape, k.shape[2], v.shape[3]):
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         return dq, dk, dv
-    call = _Call(q, k, v, key_mask, slopes, window, causal, scale)
+    call = Call(q, k, v, key_mask, slopes, window, causal, scale)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_out = rows_contiguous(d_out)
     with on(q.device):

@@ -34,6 +34,7 @@ from core.attention.contract import (
     Variant,
     check_inputs,
     hide,
+    lowered,
     merge,
     repeat_heads,
     visible,
@@ -132,6 +133,7 @@ def hybrid_attention(
         ValueError: window < 1, shapes disagree, a signed map, two-sided with L != M or with a state.
     """
     heads = check_inputs(q, k, v, key_mask, slopes)
+    q, k, v = lowered(q, k, v)
     check_window(window)
     phi = positive_map(feature_map)
     if gate is None:
@@ -199,16 +201,43 @@ def _torch(*arguments) -> Attended:
 
 
 def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
-    from core.attention.kernels.hybrid import hybrid_forward, prefers
+    parts = q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask
+    if _by_one_kernel(q, v, tail_q, phi, slopes):
+        return _fused(*parts, scale, rotary)[0]
+    return merged(*parts, slopes, scale, rotary, backend="triton")
+
+
+def _by_one_kernel(q: Tensor, v: Tensor, tail_q: Tensor, phi, slopes: Tensor | None) -> bool:
+    from core.attention.kernels.hybrid import prefers
 
     widest = max(q.shape[3], phi.width(tail_q.shape[3]), v.shape[3])
-    # Learned maps and rotations act before the kernels do, and may leave a level or a turn for after them.
-    turns = rotary is not None or not isinstance(phi, FeatureMap)
-    if not prefers(phi, widest, q.element_size(), causal=causal, decays=slopes is not None, turns=turns):
-        whole = q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary
-        return merged(*whole, backend="triton")
-    tails = (None, None) if tail_q is q and tail_k is k else (tail_q, tail_k)
-    return Attended(*hybrid_forward(q, k, v, *tails, key_mask, gate, phi.name, window, scale))
+    phi = phi.given if isinstance(phi, LearnedMap) else phi
+    return prefers(phi, widest, q.element_size(), decays=slopes is not None)
+
+
+def _fused(
+    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, scale, rotary, state: Tensor | None = None, keep=False
+) -> tuple[Attended, Tensor]:
+    """Both parts by one kernel, and the sums of the keys that left the window where they are to be kept."""
+    from core.attention.kernels.hybrid import hybrid_forward
+
+    same = tail_q is q and tail_k is k and rotary is None and not isinstance(phi, LearnedMap)
+    tails, turned = (None, None), (None, None)
+    level = None
+    if not same:
+        tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)
+        if turning is not None:
+            features = phi.features(tail_q.float()), phi.features(tail_k.float())
+            turned = tuple(turn(x).to(q.dtype) for turn, x in zip(turning, features))
+        tails = tail_q.to(q.dtype), tail_k.to(q.dtype)
+    if rotary is not None:
+        q, k = rotary[0](q), rotary[1](k)
+    weight = gate.float()[None, :, None].expand(q.shape[:3])
+    weight = weight if level is None else weight + level
+    out, mass, end = hybrid_forward(
+        q, k, v, *tails, *turned, key_mask, weight, state, phi.name, window, causal, scale, keep
+    )
+    return Attended(out, mass), end
 
 
 if kernels.PRESENT:
@@ -245,13 +274,19 @@ def resume(
 ) -> tuple[Attended, State]:
     """Causal continuation: new keys stand behind the ring's, and the oldest leave the ring for the sums.
 
-    tail_of: what phi acts on, from keys; applied once to each key, when it leaves.
+    tail_of: what phi acts on, from keys; applied to each key when it leaves.
     """
     backend = resolve("hybrid", backend, q.device.type, q.dtype, ("state", *_needs(q, v, tail_q, phi))).name
     leaving = k.shape[2]  # as many as come
     ring = extend_ring(state, k, v, key_mask)
     if rotary is not None:
         rotary = (rotary[0], rotary[1].extended(window))
+    if backend == "triton" and q.shape[2] > 1 and _by_one_kernel(q, v, tail_q, phi, slopes):
+        keys, mask = ring["keys"], ring["mask"]
+        parts = q, keys, ring["values"], tail_q, tail_of(keys), window, phi, gate, True, mask, scale, rotary
+        attended, total = _fused(*parts, state["sum"], keep=True)
+        count = linear.counted(q, keys[:, :, :leaving], mask[:, :leaving], state["count"])
+        return attended, {**keep_ring(ring, window), "sum": total, "count": count}
     attended = near(q, ring["keys"], ring["values"], window, True, ring["mask"], slopes, scale, rotary, backend)
     tail, past = linear.sums(
         tail_q,

@@ -33,6 +33,7 @@ from core.attention.contract import (
     accumulator,
     check_inputs,
     hide,
+    lowered,
     merge,
     repeat_heads,
 )
@@ -117,7 +118,7 @@ def linear_attention(
     if two_sided and q.shape[2] != k.shape[2]:
         raise ValueError(f"two-sided decay needs as many queries as keys, got L={q.shape[2]}, M={k.shape[2]}")
     options = {"key_mask": key_mask, "slopes": slopes, "normalize": normalize, "backend": backend}
-    attended, new = attend(q, k, v, phi, causal=causal, state=state, keep=return_state, **options)
+    attended, new = attend(*lowered(q, k, v), phi, causal=causal, state=state, keep=return_state, **options)
     result = attended if return_mass else attended.out
     return (result, new) if return_state and new is not None else result
 
@@ -190,7 +191,7 @@ def sums(
     before = (None, None) if state is None else (state["sum"], state["count"])
     if rotary is None:
         attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
-        return raised(attended, level), {"sum": total, "count": _count(q, k, key_mask, before[1])} if keep else None
+        return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
     acc = accumulator(v.dtype)
     fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)
     # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
@@ -207,7 +208,7 @@ def sums(
     attended = raised(Attended(out.to(v.dtype), mass.log_mass), level)
     if not keep:
         return attended, None
-    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": _count(q, k, key_mask, before[1])}
+    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": counted(q, k, key_mask, before[1])}
 
 
 @implementation("linear", "reference", serves=("wide features",))
@@ -250,7 +251,7 @@ if kernels.PRESENT:
     implementation("linear", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
-def _count(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
+def counted(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
     """Keys summed so far, [B]."""
     if key_mask is None:
         new = torch.full((k.shape[0],), k.shape[2], dtype=accumulator(q.dtype), device=k.device)

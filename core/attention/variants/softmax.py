@@ -23,6 +23,7 @@ from core.attention.contract import (
     Variant,
     check_inputs,
     hide,
+    lowered,
     repeat_heads,
     visible,
 )
@@ -77,7 +78,7 @@ def softmax_attention(
         ValueError: shapes disagree, or the backend cannot serve the request.
     """
     options = {"causal": causal, "key_mask": key_mask, "bias": bias, "slopes": slopes, "scale": scale}
-    attended = attend(q, k, v, dropout=dropout, return_mass=return_mass, backend=backend, **options)
+    attended = attend(*lowered(q, k, v), dropout=dropout, return_mass=return_mass, backend=backend, **options)
     return attended if return_mass else attended.out
 
 

@@ -27,6 +27,7 @@ from core.attention.contract import (
     check_inputs,
     check_whole,
     hide,
+    lowered,
     near,
     repeat_heads,
     visible,
@@ -77,7 +78,7 @@ def sliding_window_attention(
         ValueError: window < 1, shapes disagree, or two-sided with L != M, where no key is "nearest".
     """
     options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": backend}
-    attended = attend(q, k, v, window, **options)
+    attended = attend(*lowered(q, k, v), window, **options)
     return attended if return_mass else attended.out
 
 

@@ -23,13 +23,15 @@ Where we differ:
 import torch
 from torch import Tensor
 
-from core.attention.backends import implementation, resolve
+from core.attention import kernels
+from core.attention.backends import FLEX, implementation, resolve
 from core.attention.blocked import tiles
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
     Cost,
     Heads,
+    Sees,
     Variant,
     accumulator,
     check_inputs,
@@ -47,21 +49,27 @@ from core.attention.variants.hybrid import HybridAttention
 from core.attention.variants.window import band_pairs, check_window
 
 
+def near(first: int, columns: int, window: int) -> Sees:
+    """The pattern W; `first` tokens stand before the grid."""
+
+    def sees(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        a, b = i - first, j - first
+        close = (a // columns - b // columns).abs() < window
+        close = close & ((a % columns - b % columns).abs() < window)
+        return close | (a < 0) | (b < 0)
+
+    return sees
+
+
 def near_by_definition(length: int, grid: tuple[int, int], window: int, device=None) -> Tensor:
     """W as a dense mask [L, L], tokens before the grid included. For references only."""
-    rows, columns = grid
-    first = length - rows * columns
-    at = torch.arange(rows * columns, device=device)
-    row, column = at // columns, at % columns
-    near = torch.ones(length, length, dtype=torch.bool, device=device)
-    near[first:, first:] = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) < window
-    return near
+    return visible(length, length, sees=near(length - grid[0] * grid[1], grid[1], window), device=device)
 
 
 def reference(q, k, v, grid, window, key_mask, scale) -> Attended:
     """The definition of `window2d`: softmax under a dense mask; k and v have as many heads as q."""
-    near = near_by_definition(q.shape[2], grid, window, q.device)
-    return softmax.reference(q, k, v, near & visible(*near.shape, key_mask=key_mask, device=q.device), scale)
+    inside = near_by_definition(q.shape[2], grid, window, q.device)
+    return softmax.reference(q, k, v, inside & visible(*inside.shape, key_mask=key_mask, device=q.device), scale)
 
 
 def hybrid_reference(q, k, v, fq, fk, near, seen, gate, scale, turned=None, level=None, floor=0.0) -> Attended:
@@ -89,17 +97,31 @@ def _window_torch(q, k, v, grid, window, key_mask, scale) -> Attended:
     return _joined(_near(q, k, v, grid, window, key_mask, scale), q, k, v, key_mask, scale)
 
 
+@implementation("window2d", "flex", **FLEX)
+def _window_flex(q, k, v, grid, window, key_mask, scale) -> Attended:
+    from core.attention import flex
+
+    first = q.shape[2] - grid[0] * grid[1]
+    return flex.attend(q, k, v, near, (first, grid[1], window), causal=False, key_mask=key_mask, scale=scale)
+
+
+def _window_triton(q, k, v, grid, window, key_mask, scale) -> Attended:
+    from core.attention.kernels.window2d import window2d_forward
+
+    return Attended(*window2d_forward(q, k, v, key_mask, *grid, window, scale))
+
+
 @implementation("hybrid2d", "reference")
 def _hybrid_reference(q, k, v, tail_q, tail_k, grid, window, phi, gate, key_mask, scale, rotary) -> Attended:
-    near = near_by_definition(q.shape[2], grid, window, q.device)
-    seen = visible(*near.shape, key_mask=key_mask, device=q.device)
+    inside = near_by_definition(q.shape[2], grid, window, q.device)
+    seen = visible(*inside.shape, key_mask=key_mask, device=q.device)
     tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)
     k, v, tail_k = (repeat_heads(x, q.shape[1]) for x in (k, v, tail_k))
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
     features = phi.features(tail_q), phi.features(tail_k)
     turned = None if turning is None else tuple(turn(x) for turn, x in zip(turning, features))
-    return hybrid_reference(q, k, v, *features, near, seen, gate, scale, turned, level, phi.floor)
+    return hybrid_reference(q, k, v, *features, inside, seen, gate, scale, turned, level, phi.floor)
 
 
 @implementation("hybrid2d", "torch")
@@ -107,8 +129,26 @@ def _hybrid_torch(q, k, v, tail_q, tail_k, grid, window, phi, gate, key_mask, sc
     tail = _tail(tail_q, tail_k, v, grid, window, phi, key_mask, rotary)
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
-    near = _near(q, k, v, grid, window, key_mask, scale)
-    return _joined(merge(near, linear.shifted(tail, gate)), q, k, v, key_mask, scale)
+    inside = _near(q, k, v, grid, window, key_mask, scale)
+    return _joined(merge(inside, linear.shifted(tail, gate)), q, k, v, key_mask, scale)
+
+
+def _hybrid_triton(q, k, v, tail_q, tail_k, grid, window, phi, gate, key_mask, scale, rotary) -> Attended:
+    """The window by its kernel, the tail by torch's own products (`tiles.outside`), joined by `merge`."""
+    tail = _tail(tail_q, tail_k, v, grid, window, phi, key_mask, rotary)
+    if rotary is not None:
+        q, k = rotary[0](q), rotary[1](k)
+    inside = _window_triton(q, k, v, grid, window, key_mask, scale)
+    assert inside.log_mass is not None
+    first = q.shape[2] - grid[0] * grid[1]
+    parts = Attended(inside.out[:, :, first:], inside.log_mass[:, :, first:]), linear.shifted(tail, gate)
+    return _behind(inside, first, merge(*parts))
+
+
+if kernels.PRESENT:
+    given = {"devices": kernels.DEVICES, "dtypes": kernels.DTYPES, "widths": (1, kernels.WIDEST)}
+    implementation("window2d", "triton", **given)(_window_triton)
+    implementation("hybrid2d", "triton", **given)(_hybrid_triton)
 
 
 def _near(q, k, v, grid, window, key_mask, scale) -> Attended:
@@ -170,10 +210,15 @@ def _joined(grid: Attended, q, k, v, key_mask, scale) -> Attended:
     mask = None if key_mask is None else key_mask[:, :first]
     before = softmax.attend(q[:, :, first:], k[:, :, :first], v[:, :, :first], key_mask=mask, **options)
     own = softmax.attend(q[:, :, :first], k, v, key_mask=key_mask, **options)
-    rest = merge(grid, before)
-    assert own.log_mass is not None
-    assert rest.log_mass is not None
-    return Attended(torch.cat((own.out, rest.out), 2), torch.cat((own.log_mass, rest.log_mass), 2))
+    return _behind(own, first, merge(grid, before))
+
+
+def _behind(before: Attended, first: int, grid: Attended) -> Attended:
+    """The results of the grid behind those of the `first` tokens, which are the first in `before`."""
+    assert before.log_mass is not None
+    assert grid.log_mass is not None
+    parts = (before.out[:, :, :first], grid.out), (before.log_mass[:, :, :first], grid.log_mass)
+    return Attended(*(torch.cat(pair, 2) for pair in parts))
 
 
 def _pairs(length: int, window: int, grid: tuple[int, int] | None) -> int:
@@ -230,7 +275,7 @@ class Window2dAttention(Variant):
         grid = _checked(q, k, v, key_mask, self.window, inputs.grid)
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        run = resolve("window2d", backend, q.device.type, q.dtype, ()).run
+        run = resolve("window2d", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3])).run
         return run(q, hide(k, key_mask), hide(v, key_mask), grid, self.window, key_mask, q.shape[-1] ** -0.5)
 
     def cost(self, batch, length, keys=None, *, causal=False, positions=None, element_bytes=4, grid=None) -> Cost:
@@ -293,7 +338,7 @@ class Hybrid2dAttention(HybridAttention):
         inputs=NO_INPUTS,
     ) -> Attended:
         grid = _checked(q, k, v, key_mask, self.window, inputs.grid)
-        run = resolve("hybrid2d", backend, q.device.type, q.dtype, ()).run
+        run = resolve("hybrid2d", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3])).run
         tail_q, tail_k = self.project(q, k)
         hidden = hide(k, key_mask), hide(v, key_mask)
         given = (grid, self.window, self.map, self.gate, key_mask, q.shape[-1] ** -0.5, rotary)

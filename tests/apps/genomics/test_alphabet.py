@@ -54,11 +54,11 @@ def test_ambiguous_amino_acids():
         (
             DNA,
             "ACGTEACG",
-            r"gene 3: 'E' is not a letter of dna \(ACGT.*\); for proteins say data.alphabet=protein at position 5",
+            r"gene 3, position 5: 'E' is not a letter of dna \(ACGT.*\); proteins need data.alphabet=protein",
         ),
-        (DNA, "AC-GT", r"gap '-' \(take the gaps out of the alignment\) at position 3"),
-        (DNA, "AC GT", "white space inside the sequence at position 3"),
-        (PROTEIN, "MKV1", "'1' is not a letter of protein .* at position 4"),
+        (DNA, "AC-GT", r"position 3: gap '-' \(take the gaps out of the alignment\)"),
+        (DNA, "AC GT", "position 3: white space inside the sequence"),
+        (PROTEIN, "MKV1", "position 4: '1' is not a letter of protein "),
         (DNA, "ACé", "position 3"),
     ],
 )

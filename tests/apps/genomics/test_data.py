@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from apps.genomics.data import build_data
+from apps.genomics.data_section import GeneratedSection
 from apps.genomics.generated import FIRST, LEAST_GAP, SECOND, generate
-from apps.genomics.recipe import GeneratedSection
 from core.training.errors import UserError
 from core.training.recipe import load_recipe
 
@@ -65,6 +65,7 @@ def test_a_crop_counts_tokens(tmp_path, letters, recipe, tokens):
     path = table(tmp_path / "x.csv", [f"{text},{'ab'[n % 2]}" for n, text in enumerate(letters(40, 50))])
     data = build_data(recipe("classification", {"path": path, "length": 9, "crop": "end", "tokens": tokens}))
     assert max(data.train.lengths) <= 9
+    assert data.summary["cropped"].startswith("40 sequences, ")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_a_crop_counts_tokens(tmp_path, letters, recipe, tokens):
             [f"{'ACGT'[n % 4] * (n + 1)},a" for n in range(30)],
             "needs at least two classes, the training part has 'a'",
         ),
-        ("classification", ["ACGX,a"], "line 2: 'X' is not a letter of dna"),
+        ("classification", ["ACGX,a"], "line 2, position 4: 'X' is not a letter of dna"),
         ("regression", ["ACGT,high"], "line 2: the target must be a number, got 'high'"),
         ("regression", ["ACGT,nan"], "must be a finite number"),
         ("tokens", ["ACGT,HHE"], "line 2: 4 letters of sequence, 3 letters of labels"),
@@ -132,6 +133,23 @@ def test_a_mask_says_which_bases_count(tmp_path, letters, recipe):
     (tmp_path / "m.fa").write_text(">s0\n111\n")
     with pytest.raises(UserError, match=r"record 1 's0'.*needs one 0 or 1 per letter for this id, 15 in all"):
         build_data(recipe("tokens", sources))
+
+
+def test_soft_masked_bases_of_a_task_per_base_do_not_count(tmp_path, letters, recipe):
+    texts = [text[:5].lower() + text[5:] for text in letters(30, 15)]
+    (tmp_path / "x.fa").write_text("".join(f">s{n}\n{t}\n" for n, t in enumerate(texts)))
+    (tmp_path / "l.fa").write_text("".join(f">s{n}\n{'HEC' * 5}\n" for n in range(30)))
+    sources = {"path": str(tmp_path / "x.fa"), "labels_path": str(tmp_path / "l.fa"), "lower": "mask"}
+    target = build_data(recipe("tokens", sources)).test.__getitems__([0])["target"][0]
+    assert (target[:5] == -1).all()
+    assert (target[5:] >= 0).all()
+
+
+def test_numbers_per_base_are_cut_with_their_bases(tmp_path, letters, recipe):
+    rows = [f"{text},{' '.join(str(n) for n in range(30))}" for text in letters(3, 30)]
+    path = table(tmp_path / "x.csv", rows)
+    data = build_data(recipe("token_regression", {"path": path, "split": "positions", "test_share": 0.2}))
+    assert data.test.targets[0].tolist() == list(range(24, 30))
 
 
 def test_a_pretrained_run_brings_its_tokens_and_its_weights(tmp_path, letters, recipe, rows):
@@ -205,6 +223,10 @@ def test_a_recipe_that_contradicts_itself_is_refused(override, says):
         (["data.alphabet=protein", "model.strand=tied"], "a protein has no second strand"),
         (["model.shortcut=kmer:3", "data.tokens=bpe:100"], "reads letters and needs data.tokens=char"),
         (["task=masked", "data.tokens=bpe:100", "model.strand=average"], "needs data.tokens=char"),
+        (["task=causal", "model.strand=average"], "a causal model reads one strand at a time; say augment"),
+        (["data.lower=mask"], "needs an answer per base or a language model"),
+        (["task=causal", "data.lower=mask", "data.tokens=bpe:100"], "data.tokens=char; here are task=causal and bpe"),
+        (["data.alphabet=protein", "data.min_quality=20"], "min_quality reads bases as N, which is an amino acid"),
     ],
 )
 def test_options_that_exclude_each_other(overrides, says):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from apps.genomics.alphabet import DNA
+from apps.genomics.data_section import DataSection
 from apps.genomics.features import class_names, label_places, mirrored
 from apps.genomics.intervals import Place, read_bed, read_gff
 from apps.genomics.orfs import frame_labels, open_frames
-from apps.genomics.recipe import DataSection
 from apps.genomics.reference import Reference
 from apps.genomics.sequences import read_records
 from core.training.errors import UserError

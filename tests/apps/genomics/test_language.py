@@ -151,6 +151,11 @@ def test_perplexity_of_a_uniform_model_is_that_of_its_tokens_per_base(genome, bu
     assert found["nats_per_base"] == pytest.approx(nats, rel=1e-5)
     assert found["bits_per_base"] == pytest.approx(nats / np.log(2), rel=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(nats), rel=1e-5)
+    # A uniform model is as much at a loss as there are tokens; of letters that is the perplexity per base.
+    if tokens == "char":
+        assert "perplexity_per_token" not in found
+    else:
+        assert found["perplexity_per_token"] == pytest.approx(task.model.tokens.targets, rel=1e-4)
 
 
 def test_soft_masked_and_ambiguous_letters_are_not_asked(tmp_path, built, letters):

@@ -70,7 +70,7 @@ def test_padding_changes_no_answer_and_no_gradient(table, built, variant):
 
 @pytest.mark.parametrize("pool", ["mean", "max", "attend"])
 @pytest.mark.parametrize("strand", ["average", "tied"])
-@pytest.mark.parametrize("tokens", ["char", "kmer:3", "bpe:64"])
+@pytest.mark.parametrize("tokens", ["char", "kmer:3", "kmer:3:3", "bpe:64"])
 def test_both_strands_have_one_score(table, built, pool, strand, tokens):
     model = {"strand": strand, "pool": pool, "stem": [4]}
     if tokens == "char":
@@ -108,6 +108,18 @@ def test_answers_per_base_are_mirrored_and_strand_classes_change_places(per_base
     back = flipped(theirs, mask)[..., [1, 0, 2]]
     assert torch.allclose(ours[mask], back[mask], atol=1e-5)
     assert not torch.allclose(ours[mask], flipped(theirs, mask)[mask], atol=1e-2), "the classes have to change places"
+
+
+@pytest.mark.parametrize("strand", ["average", "tied"])
+def test_a_masked_model_fills_in_the_complement_on_the_other_strand(per_base, built, strand):
+    _, _, task = built("masked", {"path": per_base["path"]}, {"strand": strand, "stem": [4]})
+    ids, mask = padded([DNA.encode("ACGGATTACCAGATTAC", "x"), DNA.encode("GGCATTA", "x")])
+    ids[0, 5] = ids[1, 2] = task.model.tokens.mask
+    turned = other_strand(ids, mask, task.model.complement)
+    back = flipped(task.model(turned, mask), mask)[..., [3, 2, 1, 0]]
+    ours = task.model(ids, mask)
+    assert torch.allclose(ours[mask], back[mask], atol=1e-5)
+    assert not torch.allclose(ours[mask], flipped(task.model(turned, mask), mask)[mask], atol=1e-2)
 
 
 def test_augmentation_reads_either_strand_in_training_and_the_given_one_after(table, built):

@@ -1,6 +1,7 @@
 """`predict`: from a user's file and a run alone to files that other programs read, in the user's coordinates."""
 
 import csv
+import json
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -75,6 +76,17 @@ def test_intervals_keep_their_coordinates(classifier, fasta, tmp_path):
     (tmp_path / "x.bed").write_text("q3\t5\t35\tpeak\t0\t-\n")
     rows = table(predict(classifier, tmp_path / "x.bed", tmp_path / "p.csv", [f"predict.reference={fasta}"])[0])
     assert [(r["contig"], r["start"], r["end"], r["strand"]) for r in rows] == [("q3", "5", "35", "-")]
+    over = [f"predict.reference={fasta}"]
+    predict(classifier, tmp_path / "x.bed", tmp_path / "p.parquet", over)
+    predict(classifier, tmp_path / "x.bed", tmp_path / "e.parquet", [*over, "predict.what=embeddings"])
+    predict(classifier, tmp_path / "x.bed", tmp_path / "e.npz", [*over, "predict.what=embeddings"])
+    predict(classifier, tmp_path / "x.bed", tmp_path / "m.parquet", [*over, "predict.what=mutagenesis"])
+    place = {"contig": "q3", "start": 5, "end": 35, "strand": "-"}
+    for name in ("p.parquet", "e.parquet"):
+        row = pq.read_table(tmp_path / name).to_pylist()[0]
+        assert {key: row[key] for key in place} == place
+    assert {key: np.load(tmp_path / "e.npz")[key].item() for key in place} == place
+    assert pq.read_table(tmp_path / "m.parquet").to_pylist()[0]["position"] == 35
 
 
 def test_vectors_come_with_ids(classifier, fasta, tmp_path):
@@ -140,6 +152,30 @@ def test_a_language_model_streams_to_the_same_figures(reader, tmp_path):
     assert bits.mean() == pytest.approx(float(in_stretches["bits_per_base"]), rel=1e-3)
 
 
+@pytest.mark.parametrize(("task", "tokens"), [("causal", "kmer:3:3"), ("masked", "bpe:64")])
+def test_tokens_of_several_letters_give_figures_per_token_and_per_base_and_tracks(
+    reader, recipe, tmp_path, task, tokens
+):
+    _, genome = reader
+    data = {"path": str(genome), "split": "positions", "length": 64, "overlap": 32, "tokens": tokens}
+    run = fit(recipe(task, data, None, ["attention=linear"]), run_dir=tmp_path / "run", quiet=True).run_dir
+    row = table(predict(run, genome, tmp_path / "p.csv")[0])[0]
+    prefix = "masked_" if task == "masked" else ""
+    nats = float(row[f"{prefix}nats_per_base"])
+    assert float(row[f"{prefix}perplexity"]) == pytest.approx(np.exp(nats), rel=1e-4)
+    predict(run, genome, tmp_path / "bits.wig")
+    bits = np.array([float(line) for line in (tmp_path / "bits.wig").read_text().splitlines()[2:]])
+    assert len(bits) == 1200
+    assert bits.sum() * np.log(2) == pytest.approx(nats * 1200, rel=1e-3)
+    each = np.log(float(row[f"{prefix}perplexity_per_token"]))
+    if tokens == "kmer:3:3":  # every token has three letters
+        assert each == pytest.approx(3 * nats, rel=1e-4)
+    else:
+        assert each > nats
+    figures = json.loads((run / "metrics.json").read_text())["test"]
+    assert {f"{prefix}perplexity_per_token", f"{prefix}bits_per_base"} <= set(figures)
+
+
 def test_variants_come_back_scored_and_what_is_skipped_says_why(reader, tmp_path, caplog):
     run, genome = reader
     text = genome.read_text().splitlines()[1]
@@ -173,7 +209,7 @@ def test_variants_come_back_scored_and_what_is_skipped_says_why(reader, tmp_path
 @pytest.mark.parametrize(
     ("name", "text", "output", "says"),
     [
-        ("x.fa", ">a\nAC-GT\n", "p.csv", "record 1 'a': gap '-'"),
+        ("x.fa", ">a\nAC-GT\n", "p.csv", "record 1 'a', position 3: gap '-'"),
         ("x.fa", ">a\nACGTACGT\n", "p.xlsx", r"a table is written as .csv .tsv .jsonl .parquet"),
         ("x.vcf", "#CHROM\tPOS\tID\tREF\tALT\nc\t1\t.\tA\tC\n", "p.csv", "holds changes of a reference: name it"),
         ("x.bed", "c\t1\t5\n", "p.csv", "holds places, not sequences: name the genome"),
@@ -190,6 +226,10 @@ def test_what_is_inside_can_be_seen(classifier, fasta, tmp_path):
     files = inspect(classifier, fasta, tmp_path / "seen")
     names = {path.name for path in files}
     assert {"saliency.csv", "q0.png", "attention-q0.png", "attention-q0.npz"} <= names
+    assert {"mutagenesis.csv", "mutagenesis-q0.png"} <= names
+    effects = table(tmp_path / "seen" / "mutagenesis.csv")
+    assert len([row for row in effects if row["id"] == "q2"]) == 3 * 20
+    assert len({row["difference_yes"] for row in effects}) > 20
     attention = np.load(tmp_path / "seen" / "attention-q2.npz")["attention"]
     assert attention.shape == (20, 20)
     assert np.allclose(attention.sum(1), 1, atol=1e-4)

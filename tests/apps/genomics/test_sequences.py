@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from apps.genomics.recipe import DataSection
+from apps.genomics.data_section import DataSection
 from apps.genomics.sequences import form_of, read_records
 from core.training.errors import UserError
 
@@ -37,6 +37,13 @@ def pairs(records):
             [("row1", "ACGT", "1.5"), ("row2", "GG", "2")],
         ),
         ("x.data", "+,S10,\t\tacg tt\n", {"columns": ["label", "id", "sequence"]}, [("S10", "acgtt", "+")]),
+        ("x.txt", "ACG CGT GTT\nGGA GAC\n", {}, [("line1", "ACGTT", None), ("line2", "GGAC", None)]),
+        (
+            "x.csv",
+            "seq,label\nGGAT GATC,1\nACGT AC,0\n",
+            {},
+            [("row1", "GGATC", "1"), ("row2", "ACGTAC", "0")],
+        ),
         ("x.txt", "ACGT\nGGA\n\n", {}, [("line1", "ACGT", None), ("line2", "GGA", None)]),
         ("x.tsv", "sequence\tlabel\nACG CGT GTT\t1\n", {}, [("row1", "ACGTT", "1")]),
         (
@@ -89,7 +96,7 @@ def test_a_file_to_predict_needs_no_labels_and_no_header_that_matches(tmp_path):
         ("x.fa", ">a\nAC\n>\nGG\n", {}, "record 2: the header has no id"),
         ("x.fa", ">a\nAC\n>b\n\n", {}, "record 2 'b': the sequence is empty"),
         ("x.fa", ">a\nAC\n>a\nGG\n", {}, "record 2 'a': the id 'a' is there already, at .*record 1"),
-        ("x.fastq", "@r1\nACGT\n+\nIII\n", {}, "x.fastq, after record 0"),
+        ("x.fastq", "@r1\nACGT\n+\nIII\n", {}, "x.fastq, record 1: "),
         ("x.csv", "id,seqence,label\na,ACG,1\n", {}, r"no column with sequences \(did you mean 'seqence'\?\)"),
         ("x.csv", "id,sequence,label\na,ACG,1\n", {"label": "lable"}, r"no column 'lable' \(did you mean 'label'\?\)"),
         ("x.csv", "id,sequence\n", {}, "a header and no rows"),
@@ -97,7 +104,7 @@ def test_a_file_to_predict_needs_no_labels_and_no_header_that_matches(tmp_path):
         ("x.arff", "nothing\n", {}, "not an ARFF file"),
         ("x.bam", "x", {}, r"x.bam is binary \(.bam\)"),
         ("x.doc", "x", {}, "unknown suffix '.doc'"),
-        ("x.gb", "nonsense\n", {}, "there is no sequence in it|cannot be read"),
+        ("x.gb", "nonsense\n", {}, "no record in it that can be read as genbank|cannot be read"),
         ("x.bed", "chr1\t1\t5\n", {}, "holds places, not sequences: name the genome"),
     ],
 )
@@ -172,3 +179,19 @@ def test_kmer_text_becomes_the_sequence_again(shared_data):
     assert len(records) == 1000
     assert {len(record.sequence) for record in records} == {96 + 5}
     assert records[0].sequence.startswith("GTGGGGAGGGAGGCCGCC")
+
+
+def test_bases_of_low_quality_read_as_n_and_are_counted(tmp_path):
+    (tmp_path / "x.fq").write_text("@a\nACGT\n+\nI5!I\n@b\nGG\n+\n45\n")  # qualities 40 20 0 40, 19 20
+    found = read_records(str(tmp_path / "x.fq"), DataSection(min_quality=20))
+    assert [record.sequence for record in found.records] == ["ACNT", "NG"]
+    assert found.notes == {"bases of a quality below 20, read as N": 2}
+    assert [record.sequence for record in read(tmp_path / "x.fq")] == ["ACGT", "GG"]
+    (tmp_path / "x.fa").write_text(FASTA)
+    with pytest.raises(UserError, match=r"x.fa: data.min_quality is for FASTQ, this file is read as fasta"):
+        read(tmp_path / "x.fa", min_quality=20)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder; one file is wanted"):
+        read(tmp_path)

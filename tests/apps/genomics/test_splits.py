@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from apps.genomics.alphabet import DNA
+from apps.genomics.data_section import DataSection
 from apps.genomics.kmers import Index, clusters, kmer_shares, sketch
 from apps.genomics.leaks import find_leaks
 from apps.genomics.negatives import add_negatives
-from apps.genomics.recipe import DataSection
-from apps.genomics.sequences import Record, read_records
+from apps.genomics.records import Record
+from apps.genomics.sequences import read_records
 from apps.genomics.splits import set_aside, split_records
 from core.training.errors import UserError
 

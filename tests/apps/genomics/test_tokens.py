@@ -86,3 +86,28 @@ def test_kmers_of_proteins_are_refused():
 def test_shortcuts_that_are_none_are_refused(word, says):
     with pytest.raises(ValueError, match=says):
         shortcut_parts(word)
+
+
+@pytest.mark.parametrize("word", ["char", "kmer:3:3", "kmer:3", "bpe:100"])
+def test_length_and_gc_share_are_those_of_the_letters(word, bpe):
+    tokens = bpe if word.startswith("bpe") else Tokens(DNA, word)
+    codes = DNA.encode("GGCATNAGCTTAACG", "x")
+    ids = tokens.encode(codes)[None]
+    letters, share = tokens.traits(np.concatenate([ids, ids], 1), np.arange(2 * ids.shape[1])[None] < ids.shape[1])[0]
+    seen = codes
+    if word == "kmer:3":  # three k-mers hold N, and of the others the first letter is counted
+        seen = codes[[0, 1, 2, 6, 7, 8, 9, 10, 11, 12]]
+    elif word == "kmer:3:3":
+        seen = np.delete(codes, slice(3, 6))
+    plain = seen[seen < 4]
+    assert letters == len(plain)
+    assert share == pytest.approx(np.isin(plain, [1, 2]).mean())
+
+
+@pytest.mark.parametrize("word", ["char", "kmer:3:3", "kmer:4:4", "bpe:100"])
+def test_widths_hold_every_letter_once_also_ambiguous_ones(word, bpe):
+    tokens = bpe if word.startswith("bpe") else Tokens(DNA, word)
+    for text in ("ACGTNACGTACGTT", "AC", "NNNNACG"):
+        ids = tokens.encode(DNA.encode(text, "x"))
+        widths = tokens.widths(ids, len(text))
+        assert (len(widths), widths.sum()) == (len(ids), len(text))

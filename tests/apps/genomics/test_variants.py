@@ -8,9 +8,9 @@ from apps.genomics.agreement import agreement
 from apps.genomics.alphabet import DNA
 from apps.genomics.items import padded
 from apps.genomics.reference import Reference
-from apps.genomics.scoring import Window, likelihood, score_windows
+from apps.genomics.scoring import Window, differing, likelihood, score_windows
 from apps.genomics.variant_files import cut_window
-from apps.genomics.variants import Variant, changed, check_reference, is_variants, read_variants
+from apps.genomics.variants import Variant, changed, check_letters, check_reference, is_variants, read_variants
 from core.training.errors import UserError
 
 HEAD = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
@@ -41,10 +41,27 @@ def test_rows_become_one_variant_per_allele_and_positions_count_from_0(tmp_path)
         ("A]chr2:5]", "symbolic allele"),
         (".", "no alternative allele"),
         ("A", "alternative equals reference"),
+        ("N", "ambiguous letter"),
+        ("R", "ambiguous letter"),
     ],
 )
 def test_what_cannot_be_scored_is_marked(tmp_path, alt, reason):
-    assert read_variants(vcf(tmp_path, ["chr1", 5, ".", "A", alt, ".", ".", "."])).variants[0].skipped == reason
+    variant = read_variants(vcf(tmp_path, ["chr1", 5, ".", "A", alt, ".", ".", "."])).variants[0]
+    check_letters(variant, DNA)
+    assert variant.skipped == reason
+
+
+def test_position_0_is_a_telomere(tmp_path):
+    found = read_variants(vcf(tmp_path, ["chr1", 0, ".", "A", "C", ".", ".", "."])).variants[0]
+    assert found.skipped == "before the first base (a telomere)"
+
+
+def test_a_letter_that_is_none_is_an_error_that_names_the_row(tmp_path):
+    (tmp_path / "m.csv").write_text("mutant\nA5C\nA7Z\n")
+    found = read_variants(tmp_path / "m.csv").variants
+    check_letters(found[0], DNA)
+    with pytest.raises(UserError, match=r"m.csv, line 3, A7Z, position 1: 'Z' is not a letter of dna"):
+        check_letters(found[1], DNA)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +155,7 @@ def windows(text):
 def test_a_causal_model_compares_the_likelihood_of_both_windows_on_both_strands(genome, built, letters):
     _, _, task = built("causal", genome, {"stem": [4], "shortcut": "markov:3"})
     text = letters(1, 60, seed=3)[0]
-    scores = score_windows(task, windows(text))
+    scores = score_windows(task, windows(text), flank=3)
 
     def total(sequence):
         ids, mask = padded([sequence])
@@ -158,8 +175,7 @@ def test_a_causal_model_compares_the_likelihood_of_both_windows_on_both_strands(
 def test_a_masked_model_compares_letters_at_the_masked_place(genome, built, letters):
     _, _, task = built("masked", genome, {"stem": [3]})
     text = letters(1, 60, seed=3)[0]
-    scores = score_windows(task, windows(text))
-    assert "llr" not in scores[1]  # a deletion has no place to mask
+    scores = score_windows(task, windows(text), flank=3)
     assert scores[1]["distance"] > 0
     single = []
     for at in (10, 40):
@@ -172,6 +188,70 @@ def test_a_masked_model_compares_letters_at_the_masked_place(genome, built, lett
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", ["char", "kmer:3:3", "bpe:64"])
+def test_a_masked_model_gives_insertions_and_deletions_a_pseudo_log_likelihood_ratio(genome, built, letters, tokens):
+    _, _, task = built("masked", {**genome, "tokens": tokens}, {"stem": [3]})
+    text = letters(1, 60, seed=3)[0]
+    coder = task.model.tokens
+    for ref, alt in ((text[30:33], text[30]), (text[30], text[30] + "GATTACA"), (text[30], "ACGT"[text[30] != "C"])):
+        if ref == alt:
+            continue
+        variant = Variant("x", "x", "c", [(30, ref, alt)], 0)
+        score = score_windows(task, [Window(variant, text, 0)], flank=2)[0]
+        if tokens == "char" and len(ref) == len(alt):
+            continue
+        totals = []
+        pair = [coder.encode(DNA.encode(one, "x")) for one in (changed(text, 0, variant), text)]
+        for ids, stretch in zip(pair, differing(*pair, 2)):
+            total = 0.0
+            for at in stretch:
+                given = torch.from_numpy(ids.astype(np.int64))[None].clone()
+                given[0, at] = coder.mask
+                said = task.model(given, torch.ones_like(given, dtype=torch.bool))[0, at].log_softmax(-1)
+                total += float(said[int(ids[at])])
+            totals.append(total)
+        assert score["llr_forward"] == pytest.approx(totals[0] - totals[1], abs=1e-4)
+
+
+def test_the_stretch_that_differs_is_widened_by_its_flanks():
+    old, new = (np.frombuffer(text, dtype=np.uint8) for text in (b"AACCGGTT", b"AACCCCGGTT"))
+    # The two C may stand before or after those that are there: what is shared from the left is taken off first.
+    assert differing(old, new, 0) == (range(4, 4), range(4, 6))
+    assert differing(old, new, 2) == (range(2, 6), range(2, 8))
+    assert differing(old, new, 99) == (range(8), range(10))
+    assert differing(old, old, 0) == (range(8, 8), range(8, 8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_a_score_does_not_hang_on_how_the_file_anchors_or_aligns_the_variant(genome, built, letters, kind):
+    _, _, task = built(kind, genome, {"stem": [4]})
+    text = letters(1, 20, seed=3)[0] + "GCACACAT" + letters(1, 20, seed=4)[0]
+    said = [(20, "GCA", "G"), (21, "CAC", "C"), (24, "ACA", "A"), (19, text[19] + "GCA", text[19] + "G")]
+    scores = score_windows(
+        task, [Window(Variant("x", "x", "c", [one], 0), text, 0) for one in said], flank=4, distance=False
+    )
+    assert len({round(score["llr"], 5) for score in scores}) == 1
+    assert scores[0]["llr"] != 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strand", ["average", "tied"])
+@pytest.mark.parametrize("tokens", ["kmer:3", "bpe:64"])
+def test_a_classifier_of_both_strands_scores_both_strands_alike(tmp_path, built, letters, strand, tokens):
+    rows = [f"{text},{'ab'[n % 2]}" for n, text in enumerate(letters(60, 24))]
+    (tmp_path / "x.csv").write_text("sequence,label\n" + "\n".join(rows) + "\n")
+    _, _, task = built("classification", {"path": str(tmp_path / "x.csv"), "tokens": tokens}, {"strand": strand})
+    text, pair = letters(1, 24, seed=9)[0], str.maketrans("ACGT", "TGCA")
+    ours = Variant("x", "x", "c", [(10, text[10], "A" if text[10] != "A" else "C")], 0)
+    _, ref, alt = ours.changes[0]
+    theirs = Variant("x", "x", "c", [(13, ref.translate(pair), alt.translate(pair))], 0)
+    one, two = score_windows(task, [Window(ours, text, 0), Window(theirs, text.translate(pair)[::-1], 0)], flank=0)
+    assert one == pytest.approx(two, abs=1e-5)
+    assert abs(one["difference_b"]) > 1e-4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_the_score_does_not_know_which_strand_the_reference_is(genome, built, letters, kind):
     _, _, task = built(kind, genome, {"stem": [4]})
@@ -181,7 +261,7 @@ def test_the_score_does_not_know_which_strand_the_reference_is(genome, built, le
     ours = Window(Variant("x", "x", "c", [(20, text[20], "A" if text[20] != "A" else "C")], 0), text, 0)
     _, ref, alt = ours.variant.changes[0]
     theirs = Window(Variant("x", "x", "c", [(39, ref.translate(pair), alt.translate(pair))], 0), turned, 0)
-    one, two = score_windows(task, [ours])[0], score_windows(task, [theirs])[0]
+    one, two = (score_windows(task, [window], flank=3)[0] for window in (ours, theirs))
     assert one["llr"] == pytest.approx(two["llr"], abs=1e-5)
     assert one["llr_forward"] == pytest.approx(two["llr_reverse"], abs=1e-5)
 
@@ -189,7 +269,7 @@ def test_the_score_does_not_know_which_strand_the_reference_is(genome, built, le
 def test_the_reference_is_read_by_interval_also_where_no_index_can_be_written(tmp_path, monkeypatch):
     import pyfaidx
 
-    (tmp_path / "g.fa").write_text(">chr1\n" + "ACGT" * 100 + "\n")
+    (tmp_path / "g.fa").write_text(">chr1\n" + "ACGT" * 99 + "aCgT\n")
     whole = pyfaidx.Fasta
 
     def locked(path, indexname, **options):
@@ -199,7 +279,8 @@ def test_the_reference_is_read_by_interval_also_where_no_index_can_be_written(tm
 
     monkeypatch.setattr(pyfaidx, "Fasta", locked)
     reference = Reference.open(tmp_path / "g.fa")
-    assert reference.fetch("chr1", 398, 400, "+", "x") == "GT"
+    assert reference.fetch("chr1", 398, 400, "+", "x") == "gT"
+    assert reference.fetch("chr1", 394, 399, "-", "x") == "cGtAC"  # what is masked stays so
     assert not (tmp_path / "g.fa.fai").exists()
     with pytest.raises(UserError, match=r"has no contig '1' \(did you mean 'chr1'\?\)"):
         reference.length("1", "x")
@@ -222,7 +303,7 @@ def test_real_vcf_files_are_read_and_what_is_symbolic_is_counted(shared_data):
 
 
 def test_all_mutants_of_tem_1_agree_with_the_wild_type(shared_data):
-    from apps.genomics.recipe import DataSection
+    from apps.genomics.data_section import DataSection
     from apps.genomics.sequences import read_records
 
     folder = shared_data / "genomics" / "blat"

@@ -176,6 +176,24 @@ def test_padding_changes_no_loss_and_no_gradient(reader, variant):
     torch.testing.assert_close(gradient([0, 1, 2]), alone, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("reader", ["tokens", "patches"])
+def test_documents_end_to_end_give_what_padded_ones_give(reader):
+    model = writer("longformer", reader=reader, patch=3)
+    summary = torch.tensor([[BEGIN, 6, 7, END], [BEGIN, 9, END, PAD], [BEGIN, 8, END, PAD]])
+    text = document(marked=torch.arange(13)[None] == torch.tensor([[7], [2], [0]]))
+    found, seen = [], []
+    model.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:2]))
+    for model.packed in (False, True):
+        model.zero_grad()
+        loss = model.loss(text, summary)
+        loss.backward()
+        found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for padded, packed in zip(*found):
+        torch.testing.assert_close(packed, padded, atol=2e-5, rtol=1e-4)
+    real = 21 if reader == "tokens" else 5 + 3 + 1
+    assert seen == [(3, 13 if reader == "tokens" else 5), (1, real)]
+
+
 def test_global_tokens_change_the_output_and_receive_a_gradient():
     model = writer("longformer")
     marked = torch.zeros(1, 200, dtype=torch.bool)

@@ -4,10 +4,14 @@ import csv
 import html
 import json
 import re
+import shutil
+import sys
 
 import pytest
+import torch
 
 from apps.summarization.data import build_data
+from apps.summarization.measuring import with_peak
 from apps.summarization.tokens import Tokens, load_tokens, train_tokens
 from core.training.errors import UserError
 from core.training.fit import fit
@@ -100,7 +104,10 @@ def test_inspect_gives_every_sentence_an_attribution(run, own_file, tmp_path, ki
         assert len(row["attribution"]) == 9
         assert max(row["attribution"]) > 0
         assert min(row["attribution"]) >= 0
+        assert len(row["attention"]) == 9
+        assert sum(row["attention"]) == pytest.approx(1.0, abs=1e-3), "weights of the whole document"
         if kind == "extract_abstract":
+            assert [a == 0 for a in row["attribution"]] == [a == 0 for a in row["attention"]]
             assert row["attribution"].count(0.0) > 0, "sentences that were not handed on have no part in it"
 
 
@@ -115,7 +122,14 @@ def test_the_run_folder_holds_what_the_test_found(run):
     assert metrics["floors"]["lead"]["rouge1"] == pytest.approx(lead, abs=1e-2)
     assert metrics["test"]["rouge1_over_lead"] == pytest.approx(mean - lead, abs=2e-2)
     assert set(metrics["floors"]) == {"lead", "random", "textrank", "lexrank", "optimum"}
-    for name in ("predictions.jsonl", "by_length.csv", "by_place.csv", "plots/by_length.png", "plots/by_place.png"):
+    for name in (
+        "predictions.jsonl",
+        "by_length.csv",
+        "by_place.csv",
+        "plots/by_length.png",
+        "plots/by_place.png",
+        "plots/cost_by_length.png",
+    ):
         assert (folder / name).stat().st_size > 50
     assert json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["scorer"].startswith(
         "F x 100, Porter"
@@ -149,6 +163,30 @@ def test_a_tokenizer_file_is_used_and_a_wrong_one_is_named(small_recipe, tmp_pat
         build_data(small_recipe("jsonl", f"model.tokenizer_file={path}"))
 
 
+def test_a_trained_extractor_chooses_what_the_writer_reads(run, small_recipe, own_file, tmp_path):
+    known = tmp_path / "extractor"
+    shutil.copytree(run("extractive"), known)
+    options = ("model.kind=extract_abstract", "model.source_words=30", "attention=linear", "trainer.accumulate=1")
+    recipe = small_recipe("jsonl", *options, f"model.extractor={known}", "predict.decoding=greedy")
+    fit(recipe, run_dir=tmp_path / "run", quiet=True)
+    shutil.rmtree(known)  # the run folder alone is enough
+    loaded = load_run(tmp_path / "run")
+    assert not any(p.requires_grad for p in loaded.task.model.chooser.parameters())
+
+    def sentences(folder, *overrides):
+        (file,) = predict(folder, own_file, tmp_path / "out.jsonl", overrides)
+        return [json.loads(line)["sentences"] for line in file.read_text().splitlines()]
+
+    found = sentences(tmp_path / "run")
+    assert found == sentences(run("extractive"), "predict.words=30", "predict.sentences=null")
+    assert found != sentences(run("extract_abstract")), "LexRank would have chosen the same"
+    recipe = small_recipe("jsonl", *options, f"model.extractor={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=r"model.extractor: .* is a run of extract_abstract; name one of kind=extract"):
+        build_data(recipe)
+    with pytest.raises(UserError, match=r"model.extractor: there is no file"):
+        build_data(small_recipe("jsonl", *options, f"model.extractor={known}"))
+
+
 def test_weights_of_another_run_are_a_start(run, small_recipe, tmp_path):
     recipe = small_recipe("extractive", f"model.pretrained={run('extractive')}", "optim.lr=1e-12")
     fit(recipe, run_dir=tmp_path / "again", quiet=True)
@@ -156,3 +194,22 @@ def test_weights_of_another_run_are_a_start(run, small_recipe, tmp_path):
     assert (old - new).abs().max() < 1e-6
     with pytest.raises(UserError, match=r"model.pretrained: there is no file"):
         build_data(small_recipe("extractive", "model.pretrained=nowhere"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from Linux' /proc")
+def test_the_peak_is_that_of_the_run_alone():
+    held = torch.ones(2**24)  # 64 MiB that were there before
+    size, peak = with_peak(lambda: torch.ones(2**23).sum() + held[0], torch.device("cpu"))
+    assert float(size) == 2**23 + 1
+    assert 30 * 2**20 < peak < 50 * 2**20, f"{peak / 2**20:.1f} MiB of 32"
+
+
+def test_cost_by_length_is_reported(run):
+    with (run("abstractive") / "by_length.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert float(row["tokens_per_s"]) > float(row["words_per_s"]) > 0
+        assert row["peak_mb"] != "" or sys.platform != "linux"
+    metrics = json.loads((run("abstractive") / "metrics.json").read_text())["test"]
+    assert metrics["state_kb"] > 0
+    assert metrics["ms_per_token"] > 0

@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pandas as pd
 import pytest
@@ -166,3 +166,44 @@ def test_stories_keep_their_questions_together(tmp_path, write_rows):
     write_rows(tmp_path / "test.jsonl", [json.dumps({"document": "x", "questions": [{}]})])
     with pytest.raises(UserError, match=re.escape("test.jsonl, line 1: not a story of SQuALITY")):
         read_set(tmp_path, DataSection(format="squality"), defaultdict(Report))
+
+
+ABSTRACT = (
+    "We present a parser that reads whole sentences and builds their trees in linear time on real text. "
+    "It needs no grammar at all and learns from trees."
+)
+
+
+def test_the_strict_rule_takes_out_what_repeats_the_abstract(tmp_path, write_rows):
+    (tmp_path / "xml").mkdir()
+    first, second = (text.strip(" .") + "." for text in ABSTRACT.split(". "))
+    told = "<PAPER><ABSTRACT>{}</ABSTRACT><SECTION title=''>{}</SECTION></PAPER>"
+    near = first.replace("linear time on real text", "time linear in the length")
+    body = "".join(f"<S>{text}</S>" for text in (first, near, "Trees are old.", "We present a parser of another kind."))
+    papers = {"P0": told.format(f"<S>{first}</S><S>{second}</S>", body), "P8": told.format("", body)}
+    for name, text in papers.items():
+        (tmp_path / "xml" / f"{name}.xml.gz").write_bytes(gzip.compress(text.encode()))
+    rows = [{"id": name, "human_summary": ABSTRACT} for name in papers]
+    write_rows(tmp_path / "summaries.jsonl", rows)
+    read = {}
+    for leak in ("clean", "strict"):
+        reports = defaultdict(Report)
+        parts = read_set(tmp_path, DataSection(format="scisummnet", leak=leak), reports)
+        counts = sum((report.counts for report in reports.values()), Counter())
+        read[leak] = {e.id: e.source.sentences for part in parts.values() for e in part}, counts
+    assert len(read["clean"][0]["P0"]) == len(read["clean"][0]["P8"]) == 4
+    assert read["strict"][0] == {"P0": ["Trees are old.", "We present a parser of another kind."]}
+    assert read["strict"][1]["sentences that repeat an abstract"] == 2
+    assert read["strict"][1]["abstract not marked"] == 1, "an empty abstract is none"
+
+
+def test_a_writer_keeps_head_or_both_ends(small_recipe):
+    whole = build_data(small_recipe("jsonl"))
+    all_tokens = whole.train[0]["ids"].tolist()
+    assert whole.summary["train"]["cut documents"] == 0
+    for overflow, want in (("head", all_tokens[:20]), ("head_tail", all_tokens[:10] + all_tokens[-10:])):
+        cut = build_data(small_recipe("jsonl", "data.max_tokens=20", f"data.overflow={overflow}"))
+        assert cut.train[0]["ids"].tolist() == want
+        share = cut.summary["train"]["share of tokens cut"]
+        lengths = [len(whole.train[i]["ids"]) for i in range(len(whole.train))]
+        assert share == pytest.approx(1 - 20 * len(lengths) / sum(lengths), abs=1e-4)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from apps.vision.model import ConvStem, VisionModel, count_cost
+from apps.vision.costs import count_cost
+from apps.vision.model import VisionModel
+from apps.vision.stems import ConvStem, Residual, ResidualStem, Texture
 from core.training.recipe import load_recipe
 
 SPEC = {"classes": ["a", "b", "c"], "size": [32, 48]}
@@ -24,7 +26,7 @@ def test_any_size_that_the_patch_divides(attention, size):
 
 
 @pytest.mark.parametrize("head", ["plain", "multiscale"])
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
 @pytest.mark.parametrize("patch", [1, 4, 8, 16])
 def test_maps_have_the_size_of_the_image(head, stem, patch):
     model = model_of(f"model.head={head}", f"model.stem={stem}", f"model.patch={patch}", recipe="vision/segmentation")
@@ -76,6 +78,50 @@ def test_the_conv_stem_halves_until_the_patch_is_a_token():
     assert out.shape == (1, 24, 4, 2)
     assert [tuple(one.shape[1:]) for one in finer] == [(6, 32, 16), (12, 16, 8), (24, 8, 4)]
     assert stem.widths == [6, 12, 24]
+
+
+@pytest.mark.parametrize(("patch", "grid", "widths"), [(16, (4, 2), [6, 12, 24]), (2, (32, 16), []), (1, (64, 32), [])])
+def test_the_residual_stem_halves_until_the_patch_is_a_token(patch, grid, widths):
+    stem = ResidualStem(3, 12, patch, 6)
+    out, finer = stem(torch.randn(2, 3, 64, 32))
+    assert out.shape == (2, 12, *grid)
+    assert stem.widths == widths == [one.shape[1] for one in finer]
+    block = Residual(6).eval()
+    x = torch.randn(1, 6, 5, 4)
+    torch.testing.assert_close(block(x), torch.nn.functional.gelu(x))
+
+
+def test_texture_starts_at_the_answer_of_the_tokens_and_reads_no_places():
+    with_it, without = (model_of("model.stem=residual", f"model.texture={on}") for on in ("true", "false"))
+    with_it.load_state_dict(without.state_dict(), strict=False)
+    x = torch.randn(2, 3, 32, 48)
+    torch.testing.assert_close(with_it(x), without(x))
+
+    texture = Texture([4], 3).eval()
+    torch.nn.init.normal_(texture.project.weight)
+    a = torch.randn(2, 4, 6, 8)
+    shuffled = a.flatten(2)[..., torch.randperm(48)].unflatten(2, (6, 8))
+    torch.testing.assert_close(texture([a]), texture([shuffled]))
+    assert not torch.allclose(texture([a]), texture([a + 1]), atol=1e-2)  # the mean
+    assert not torch.allclose(texture([a]), texture([a * 2 - a.mean((2, 3), keepdim=True)]), atol=1e-2)  # the deviation
+
+
+@pytest.mark.parametrize("stem", ["conv", "residual"])
+def test_every_weight_learns_with_texture(stem):
+    model = model_of(f"model.stem={stem}", "model.texture=true").train()
+    # What starts at zero lets nothing flow back through it.
+    torch.nn.init.normal_(model.texture.project.weight)
+    for block in (one for one in model.modules() if isinstance(one, Residual)):
+        torch.nn.init.ones_(block.norm.weight)
+    model(torch.randn(3, 3, 32, 48)).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_texture_bears_flat_images_and_a_batch_of_one():
+    model = model_of("model.stem=residual", "model.texture=true").train()
+    torch.nn.init.normal_(model.texture.project.weight)
+    model(torch.zeros(1, 3, 32, 48)).square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_flops_are_counted_where_they_run():

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from core.attention.kernels import delta, features, gated, gated_sweeps, hybrid, hybrid_sweeps, linear
-from core.attention.kernels import linear_sweeps, step, window
+from core.attention.kernels import delta, features, gated, gated_sweeps, hybrid, hybrid_blocks, hybrid_gradients
+from core.attention.kernels import linear, linear_sweeps, step, window, window2d
 
 ELEMENTS = {"q", "k", "v", "d_out", "out", "dq", "dk", "dv", "x", "a", "c", "da", "dc"}
 NUMBERS = {"scale", "least"}
@@ -35,7 +35,7 @@ def build(kernel, element, arch, blocks, constants):
         if name in given:
             signature[name] = "constexpr"
             continue
-        number = name == "least" or (name == "scale" and kernel in WINDOW + HYBRID)
+        number = name == "least" or (name == "scale" and kernel in WINDOW + WINDOW2D + HYBRID)
         pointer = kernel.params[at].name in POINTERS and not number
         kind = element if name in ELEMENTS else "u8" if name == "mask" else "fp32"
         signature[name] = "*" + kind if pointer else "fp32" if number else "i32"
@@ -49,14 +49,16 @@ def build(kernel, element, arch, blocks, constants):
 
 POINTERS = ELEMENTS | {"mask", "gate", "rate", "floor", "states", "mass", "den", "end", "scale", "d_den", "sums"}
 POINTERS |= {"totals", "first", "along", "d_first", "slopes", "delta", "d_mass", "state", "count", "beta", "g", "b"}
-POINTERS |= {"t", "y", "z", "dq_parts", "dk_parts", "d_end", "far", "d_gate"}
+POINTERS |= {"t", "y", "z", "dq_parts", "dk_parts", "d_end", "d_gate", "past", "future", "after", "before", "dx", "dy"}
 LINEAR = [linear_sweeps.write, linear_sweeps.forward, linear_sweeps.query_gradient, linear_sweeps.key_gradient]
 LINEAR += [features.row_gradients, step._step]
 WINDOW = [window._forward, window._delta, window._query_gradient, window._key_gradient]
+WINDOW2D = [window2d._forward, window2d._query_gradient, window2d._key_gradient]
 GATED = [gated_sweeps.cumulate, gated_sweeps.inner, gated_sweeps.inner_gradient, gated_sweeps.write]
 GATED += [gated_sweeps.forward, gated_sweeps.query_gradient, gated_sweeps.key_gradient]
 DELTA = [delta._couple, delta._solve, delta._solve_gradient]
-HYBRID = [hybrid_sweeps.forward, hybrid_sweeps.query_gradient, hybrid_sweeps.key_gradient]
+HYBRID = [hybrid_blocks.write, hybrid_blocks.forward]
+HYBRID += [hybrid_gradients.query_gradient, hybrid_gradients.key_gradient]
 names = {80: "ampere", 90: "hopper"}
 step_blocks = linear.BLOCKS[None]
 found = []
@@ -78,7 +80,8 @@ for width in (64, 128, 256):
     shape = {"D": width, "E": width, "DP": width, "EP": width, "BM": blocks.chunk, "BN": blocks.values}
     flags = {"CAUSAL": True, "MASK": True, "ALIBI": True, "MASS": True, "PRECISION": precision}
     dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[element]
-    for kernel in WINDOW:
+    shape |= {"QW": 8, "KW": 8}
+    for kernel in WINDOW + WINDOW2D:
         constants = {**shape, **flags, "DOT": dot}
         found.append((kernel.__name__, width, build(kernel, element, arch, blocks, constants)))
 for module, kernels in ((gated, GATED), (delta, DELTA)):
@@ -92,14 +95,16 @@ for module, kernels in ((gated, GATED), (delta, DELTA)):
 constants = {"D": 64, "F": 64, "E": 64, "FP": 64, "BE": 32, "MAP": "identity", "DECAY": "vector", "ONES": False}
 constants |= {"MASK": False, "COUNT": False, "NORMALIZE": False, "DELTA": True}
 found.append(("delta step", 64, build(step._step, element, arch, step_blocks, constants)))
-for width in (64, hybrid.WIDEST // size):
-    blocks = hybrid.BLOCKS.get((names[arch], width, size)) or hybrid.BLOCKS[None]
-    widths = dict.fromkeys(("D", "G", "F", "E", "DP", "FP", "EP"), width)
-    constants = {**widths, "BN": blocks.values, "MAP": "elu", "MASK": True, "STATE": True, "SAME": False}
-    constants |= {"DOT": DOT[element], "PRECISION": precision}
+for width in (64, 512 // size):
+    key = names[arch], width, size
+    constants = dict.fromkeys(("D", "G", "F", "E", "DP", "XP", "FP", "EP"), width)
+    constants |= {"BT": 64, "MAP": "elu", "MASK": True, "STATE": True, "SAME": False, "CAUSAL": False, "TURN": True}
+    constants |= {"ROWS": True, "DOT": DOT[element], "NEAR": DOT[element], "PRECISION": precision}
     for kernel in HYBRID:
-        rows = max(16, blocks.chunk // 2) if kernel is hybrid_sweeps.key_gradient else blocks.chunk
-        used = build(kernel, element, arch, blocks, {**constants, "BM": rows})
+        blocks = hybrid.GRADIENTS if kernel.__name__.endswith("gradient") else hybrid.BLOCKS
+        blocks = blocks.get(key) or blocks[None]
+        own, met = (blocks.values, blocks.chunk) if kernel is hybrid_gradients.key_gradient else blocks[:2]
+        used = build(kernel, element, arch, blocks, {**constants, "BM": own, "BN": met})
         found.append((kernel.__name__, width, used))
 print(json.dumps(found))
 """
@@ -117,6 +122,18 @@ def test_every_kernel_compiles_and_fits_into_shared_memory(arch, element, size):
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout)
-    assert len(found) == 3 * 6 + 3 * 4 + 3 * 10 + 1 + 2 * 3
+    assert len(found) == 3 * 6 + 3 * 7 + 3 * 10 + 1 + 2 * 4
     for name, width, shared in found:
         assert shared <= SHARED[arch], f"{name} width {width}: {shared} bytes"
+
+
+@pytest.mark.slow
+def test_nothing_spills_where_it_runs_by_default():
+    """As launched by the operators in bfloat16 on Hopper: what does not fit into registers goes through memory."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.registers", "--widths", "64", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len({one["operator"] for one in found}) == 14
+    assert not [(one["operator"], one["kernel"], one["spilled"]) for one in found if one["spilled"]]

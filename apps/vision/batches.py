@@ -1,0 +1,93 @@
+"""One part of the data as batches: how an item is read, brought to size and put together with others."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apps.vision.augment import Augment
+from apps.vision.images import BrokenImage, fitted, read_image, read_mask, read_values, resized_mask, shrunk
+from apps.vision.sources import Item, Store
+
+READING = ("channels", "resize", "crop_ratio", "shrink", "ignore")
+"""Options of `data` that say how an image is read; `predict` reads the next one in the same way."""
+
+
+class Images(Dataset):
+    """One part: images, their classes or masks, as whole batches.
+
+    Items are kept as read (uint8, as large as data.shrink leaves them) with `cache`, else read each time. A batch
+    is {"image": uint8 [B, C, H, W], "real": [B, 2] rows and columns that are no border, "index": [B]} and "label" [B]
+    or [B, K]; or "mask" [B, H, W] in training, and in evaluation a list of masks in their own size.
+    """
+
+    def __init__(self, part: str, reader: "Reader", items: list[Item], targets: list[Any], augment: Augment | None):
+        self.part, self.reader, self.items, self.targets, self.augment = part, reader, items, targets, augment
+        self.kept: list[tuple[Tensor, Tensor | None]] | None = None
+        self.sizes: list[tuple[int, int]] = []  # others at which the part is scored, too
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def get(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Image and mask as they are read."""
+        image, mask = self.kept[index] if self.kept is not None else self.reader.read(self.items[index])
+        return image, mask.long() if mask is not None and not mask.is_floating_point() else mask
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        images, masks, reals = [], [], []
+        others: dict[str, list[Tensor]] = {}
+        for index in indices:
+            image, mask = self.get(index)
+            if self.augment is not None:
+                smaller = mask if mask is None else resized_mask(mask, (image.shape[1], image.shape[2]))
+                image, mask, real = self.augment(image, smaller)
+            else:
+                for size in self.sizes:
+                    others.setdefault(f"at_{size[0]}x{size[1]}", []).append(self.reader.fitted(image, size)[0])
+                image, real = self.reader.fitted(image)
+            images.append(image)
+            masks.append(mask)
+            reals.append(real)
+        batch: dict[str, Any] = {
+            "image": torch.stack(images),
+            "real": torch.tensor(reals),
+            "index": torch.tensor(indices),
+            "part": self.part,
+        }
+        if others:
+            batch["sizes"] = {name: torch.stack(some) for name, some in others.items()}
+        if masks[0] is None:
+            batch["label"] = torch.stack([torch.as_tensor(self.targets[index]) for index in indices])
+        else:
+            batch["mask"] = torch.stack(masks) if self.augment is not None else masks
+        return batch
+
+
+class Reader:
+    """How items are read and brought to size, the same for training and for `predict`."""
+
+    def __init__(self, store: Store | None, task: str, size: tuple[int, int], reading: dict[str, Any]):
+        self.store, self.task, self.size, self.reading = store, task, size, reading
+
+    def read(self, item: Item) -> tuple[Tensor, Tensor | None]:
+        """Image uint8 [C, H, W] and mask [H, W] of an item.
+
+        Raises:
+            BrokenImage: it cannot be read, or the mask has another size than the image.
+        """
+        assert self.store is not None
+        image = read_image(self.store.read(item.image), self.reading["channels"])
+        if item.mask is None:
+            return shrunk(image, self.reading["shrink"]), None
+        mask = (read_mask if self.task == "segments" else read_values)(self.store.read(item.mask))
+        if self.task == "segments" and int(mask.max()) < 256:
+            mask = mask.to(torch.uint8)  # an eighth of the memory
+        if mask.shape != image.shape[1:]:
+            raise BrokenImage(f"its mask has {list(mask.shape)} pixels, the image {list(image.shape[1:])}")
+        return shrunk(image, self.reading["shrink"]), mask
+
+    def fitted(self, image: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """The image at the model's size, see `images.fitted`."""
+        return fitted(image, size or self.size, self.reading["resize"], self.reading["crop_ratio"])
