@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -14,21 +16,25 @@ FIRST = ("llr", "distance")
 """Which score is compared, if there is one of this name; else the first there is."""
 
 
-def agreement(variants: Sequence[Variant], scores: dict[int, dict[str, float]], column: str) -> tuple[str, Scores]:
+def agreement(
+    variants: Sequence[Variant], scores: dict[int, dict[str, float]], column: str, *, protein: bool = False
+) -> tuple[str, Scores]:
     """How well scores follow a column of the table that the variants stand in.
 
     Args:
         variants: those of a mutation list, with the cells of their rows.
         scores: by the id() of a variant; those that are not scored are left out, and so are rows without a number.
         column: of the measured effects.
+        protein: also tell the floor, how well the table BLOSUM62 alone follows them.
 
     Returns:
-        Name of the score, and spearman with its interval over variants, and `variants`, how many were compared.
+        Name of the score, and spearman with its interval over variants, `variants`, how many were compared, and for
+        proteins `blosum62`, the spearman of that table.
 
     Raises:
         UserError: there is no such column, a cell of it is no number, or fewer than three rows have both.
     """
-    pairs, name = [], ""
+    pairs, compared, name = [], [], ""
     for variant in variants:
         if column not in variant.row:
             known = ", ".join(variant.row) or "none, it is no table"
@@ -45,10 +51,23 @@ def agreement(variants: Sequence[Variant], scores: dict[int, dict[str, float]], 
         name = name or next((one for one in FIRST if one in score), next(iter(score)))
         if name in score:
             pairs.append((score[name], measured))
+            compared.append(variant)
     if len(pairs) < 3:
         raise UserError(f"predict.against={column}: {len(pairs)} variants have a score and a number there, need 3")
     said, measured_all = np.array(pairs).T
-    found = regression(said, measured_all, intervals=True)
-    return name, {key: found[key] for key in ("spearman", "spearman_low", "spearman_high")} | {
-        "variants": float(len(pairs))
-    }
+    whole = regression(said, measured_all, intervals=True)
+    found = {key: whole[key] for key in ("spearman", "spearman_low", "spearman_high")}
+    if protein:
+        found["blosum62"] = regression(np.array([_blosum62(one) for one in compared]), measured_all)["spearman"]
+    return name, found | {"variants": float(len(pairs))}
+
+
+def _blosum62(variant: Variant) -> float:
+    return float(sum(_table()[old, new] for _, old, new in variant.changes))
+
+
+@cache
+def _table() -> Any:
+    from Bio.Align import substitution_matrices
+
+    return substitution_matrices.load("BLOSUM62")

@@ -10,8 +10,8 @@
     neighbours                masked models: the letters on both sides tell the one between
     optimum                   generated data: what nobody can better
 
-Size and strength are chosen on the validation part (without one: the first size, strength 1); then the floor is fitted
-on training and validation together.
+Size and strength are chosen on the validation part (without one: on every tenth row of the training part); then the
+floor is fitted on training and validation together.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,8 @@ WINDOW = 17
 """Letters around a base, as in the published floor of secondary structure."""
 SIZES = {"dna": (3, 4, 5), "protein": (1, 2)}
 """k that the k-mer floor chooses from."""
+ASIDE = 10
+"""Of so many training rows one chooses size and strength where there is no validation part."""
 MOST_ROWS = 20_000
 """Sequences that a floor is fitted on, thinned evenly."""
 
@@ -55,9 +57,10 @@ def _sequences(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
     targets = {part: np.stack([np.asarray(one) for one in items.targets or []]) for part, items in parts.items()}
     names = data.spec["names"]
 
-    def score(predicted: np.ndarray, part: str) -> Scores:
-        flags = np.isin(np.arange(len(predicted)), data.spec["copied"].get(part, []))
-        return sequence_figures(recipe.task, predicted, targets[part], names, copied=flags, leaks=recipe.data.leaks)
+    def score(predicted: np.ndarray, part: str, rows: np.ndarray | None = None) -> Scores:
+        flags = np.isin(np.arange(len(predicted)), data.spec["copied"].get(part, []) if rows is None else [])
+        truth = targets[part] if rows is None else targets[part][rows]
+        return sequence_figures(recipe.task, predicted, truth, names, copied=flags, leaks=recipe.data.leaks)
 
     found = {_plain_name(recipe): score(_same_for_all(recipe, targets, names), "test")}
     # More k-mers than sequences are not worth a fit.
@@ -100,23 +103,24 @@ def _best(
     targets: dict[str, np.ndarray],
     answers: int,
     choices: list[tuple[str, int]],
-    score: Callable[[np.ndarray, str], Scores],
+    score: Callable[..., Scores],
 ) -> Scores:
     """The features and strength that are best on the validation part, fitted anew with it."""
     metric, better = recipe.judged_by()
     sign = 1 if better == "higher" else -1
     strengths = linear.RIDGE if recipe.task == "regression" else linear.LOGISTIC
     step = max(1, -(-len(codes["train"]) // MOST_ROWS))
-    kind, size, strength = choices[0][0], choices[0][1], 1.0
     trials = []
-    for tried_kind, tried_size in choices if "val" in codes else ():
-        x = {part: linear.features(tried_kind, tried_size, codes[part], alphabet) for part in ("train", "val")}
+    aside = np.arange(len(codes["train"])) % ASIDE == 0 if "val" not in codes else np.zeros(len(codes["train"]), bool)
+    asked = "train" if aside.any() else "val"
+    for tried_kind, tried_size in choices:
+        x = {part: linear.features(tried_kind, tried_size, codes[part], alphabet) for part in {"train", asked}}
+        seen, held = x["train"][~aside][::step], x["train"][aside] if asked == "train" else x["val"]
         for tried in strengths:
-            fitted = _fit(recipe.task, x["train"][::step], targets["train"][::step], answers, tried)
-            figures = score(_say(recipe.task, x["val"], fitted), "val")
+            fitted = _fit(recipe.task, seen, targets["train"][~aside][::step], answers, tried)
+            figures = score(_say(recipe.task, held, fitted), asked, aside if asked == "train" else None)
             trials.append((sign * figures.get(metric, 0.0), -len(trials), tried_kind, tried_size, tried))
-    if trials:
-        _, _, kind, size, strength = max(trials)
+    _, _, kind, size, strength = max(trials)
     known = [part for part in ("train", "val") if part in codes]
     both = np.concatenate([linear.features(kind, size, codes[part], alphabet) for part in known])
     y = np.concatenate([targets[part] for part in known])

@@ -84,8 +84,9 @@ class LanguageTask(GenomicsTask):
         if self.causal:
             logits = self.next_logits(ids, mask)
         else:
-            inputs, asked = self.corrupted(ids, asked)
-            logits = self.model(inputs, mask).float()
+            # Only masks: a token that is left as it is tells itself, and a floor is not told it.
+            _, asked = self.corrupted(ids, asked)
+            logits = self.model(torch.where(asked, self.model.tokens.mask, ids), mask).float()
         nats = F.cross_entropy(logits.transpose(1, 2), ids.clamp(max=logits.shape[-1] - 1), reduction="none")
         self.nats.append((nats * asked).double().sum(1).cpu().numpy())
         self.counts.append((self.bases[ids] * asked).sum(1).cpu().numpy())

@@ -107,7 +107,6 @@ class SequenceModel(nn.Module):
             Letters(self.tokens, dim) if self.tokens.is_char else nn.Embedding(self.tokens.size, dim)
         )
         self.stem = Stem(dim, model.stem, self.causal, backbone.dropout) if model.stem else None
-        self.phase = nn.Embedding(model.period, dim) if model.period else None
         options = {**backbone.model_dump(), "attention": recipe.attention}
         if options["positions"] is None:
             options["positions"] = self._positions(bool(model.stem))
@@ -151,19 +150,15 @@ class SequenceModel(nn.Module):
         """What the encoder makes of the tokens of one strand, [B, N, D]."""
         whole = bool(mask.all())
         if self.packing and not whole:
-            row, real, at = laid_out(ids, mask, self.stem.gap if self.stem is not None else 0)
-            x = self.encoder(self.embedded(row, real, at)[:, real[0]], cu_seqlens=offsets(mask))
+            row, real = laid_out(ids, mask, self.stem.gap if self.stem is not None else 0)
+            x = self.encoder(self.embedded(row, real)[:, real[0]], cu_seqlens=offsets(mask))
             return padded_again(x, mask)
         return self.encoder(self.embedded(ids, mask), key_mask=None if whole else mask)
 
-    def embedded(self, ids: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
-        """What goes into the encoder, [B, N, D]; `at` [N] are the places of tokens, if not 0, 1, 2, ..."""
+    def embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What goes into the encoder, [B, N, D]."""
         x = self.embed(ids)
-        x = x if self.stem is None else self.stem(x, mask)
-        if self.phase is None:
-            return x
-        at = torch.arange(x.shape[1], device=x.device) if at is None else at
-        return x + self.phase(at % self.phase.num_embeddings)
+        return x if self.stem is None else self.stem(x, mask)
 
     def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
         """One vector per sequence, [B, N, D] -> [B, D] (flat: [B, N * D])."""

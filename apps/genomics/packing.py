@@ -17,17 +17,15 @@ from torch import Tensor
 from core.training.data import padding_share
 
 
-def laid_out(ids: Tensor, mask: Tensor, gap: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The sequences of a padded batch in one row: ids [1, T]; mask [1, T], False in the gap after each of them; and
-    the place of every token in its own sequence [T].
+def laid_out(ids: Tensor, mask: Tensor, gap: int) -> tuple[Tensor, Tensor]:
+    """The sequences of a padded batch in one row: ids [1, T]; mask [1, T], False in the gap after each of them.
 
     Args:
         ids, mask: [B, N], padding at the end.   gap: empty places after each sequence.
     """
     wide_ids, wide_mask = (F.pad(x, (0, gap)) for x in (ids, mask))
-    at = torch.arange(wide_ids.shape[1], device=ids.device).expand(len(ids), -1)
-    kept = at < mask.sum(1, keepdim=True) + gap
-    return wide_ids[kept].unsqueeze(0), wide_mask[kept].unsqueeze(0), at[kept]
+    kept = torch.arange(wide_ids.shape[1], device=ids.device) < mask.sum(1, keepdim=True) + gap
+    return wide_ids[kept].unsqueeze(0), wide_mask[kept].unsqueeze(0)
 
 
 def offsets(mask: Tensor) -> Tensor:

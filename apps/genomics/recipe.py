@@ -34,8 +34,6 @@ class ModelSection(Section):
     strand: Literal["none", "augment", "average", "tied"] = "none"
     """Which strand is read. augment: in training either one by chance; average: that, and both in evaluation; tied:
     both always, with shared weights, so that the answer for the other strand is the mirrored answer by construction."""
-    period: int | None = Field(None, ge=2, le=64)
-    """Tell positions apart by their remainder modulo this: 3 lets attention keep the reading frames of codons apart."""
     pool: Literal["mean", "max", "attend", "flat"] = "mean"
     """How a sequence becomes one vector; flat keeps every position apart and needs sequences of one length."""
     shortcut: str = "none"
@@ -48,7 +46,8 @@ class ModelSection(Section):
     class_weights: bool = False
     """Weigh the classes of the loss by the inverse of their share."""
     mask_share: Share = 0.15
-    """Share of tokens that a masked model has to fill in; of those 80 % are masked, 10 % replaced, 10 % kept."""
+    """Share of tokens that a masked model has to fill in; in training 80 % of those are masked, 10 % replaced,
+    10 % kept, in evaluation all are masked."""
     pretrained: str | None = None
     """Folder or checkpoint of a run whose embedding, stem and backbone are the start, such as runs/pretrain."""
 
@@ -72,7 +71,7 @@ class PredictSection(Section):
     """Bases around a variant that are scored; null: as many as the model was trained on."""
     flank: int = Field(8, ge=0)
     """Tokens beside an insertion or deletion whose likelihood a masked model compares too."""
-    against: str | None = None
+    against: str | int | None = None
     """Column of a mutation list with measured effects: the rank correlation of the scores with it is told."""
     stream: bool = False
     """Read a sequence of any length in one pass through the state of a causal model, in constant memory."""
@@ -139,8 +138,6 @@ class GenomicsRecipe(Recipe):
                     f"data.{name} leaves single bases unscored: it needs an answer per base or a language model, and "
                     f"data.tokens=char; here are task={self.task} and {data.tokens}"
                 )
-        if model.period is not None and self.task == "causal":
-            raise ValueError("model.period counts from the start of a stretch, which a causal stream has not")
         if language and model.strand != "none" and data.tokens != "char":
             raise ValueError(f"model.strand={model.strand} with task={self.task} needs data.tokens=char")
         kind, _ = shortcut_parts(model.shortcut)

@@ -66,9 +66,10 @@ def predict_variants(
     if not found.variants:
         log.warning("%s lists no variant", path)
     if settings.against is not None:
-        name, figures = agreement(found.variants, scores, settings.against)
+        protein = spec["tokens"]["alphabet"] == "protein"
+        name, figures = agreement(found.variants, scores, str(settings.against), protein=protein)
         told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        log.info("%s against %s  %s", name, settings.against, told)
+        log.warning("%s against %s  %s", name, settings.against, told)  # predict shows nothing below a warning
     if as_vcf:
         return _write_vcf(output, found, scores)
     return write_table(output, _rows(found.variants, scores, bool(found.header)))

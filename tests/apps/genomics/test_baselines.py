@@ -83,11 +83,18 @@ def test_language_floors_choose_their_order_on_the_validation_part(tmp_path, rec
     assert min(values["masked_perplexity"] for values in floors(made, build_data(made)).values()) < 1.6
 
 
-def test_floors_without_a_validation_part(tmp_path, letters, recipe):
+def test_floors_without_a_validation_part(tmp_path, letters, recipe, monkeypatch):
     texts = letters(200, 10)
     data = write(tmp_path / "x.csv", texts, [float(text.count("A")) for text in texts])
     made = recipe("regression", {**data, "validate_on": "nothing"})
     found = build_data(made)
     assert found.val is None
     assert len(found.train) == 160
+    used, fit = [], linear.fit_numbers
+    monkeypatch.setattr(linear, "RIDGE", (1e9, 1e-6))
+    monkeypatch.setattr(
+        linear, "fit_numbers", lambda x, y, strength: used.append((len(x), strength)) or fit(x, y, strength)
+    )
     assert floors(made, found)["position"]["r2"] > 0.95
+    # The strength is chosen on a tenth of the training rows, and then all of them are fitted.
+    assert used[-3:] == [(144, 1e9), (144, 1e-6), (160, 1e-6)]

@@ -117,6 +117,17 @@ def test_a_masked_model_is_asked_the_share_that_the_recipe_says(genome, built):
     assert 0.8 < changed.sum() / asked.sum() < 0.95
 
 
+def test_in_evaluation_what_is_asked_is_masked_and_nothing_else_is_changed(genome, built):
+    _, data, task = built("masked", {**genome, "length": None}, {"mask_share": 0.3})
+    batch, seen = data.test.__getitems__([0]), []
+    task.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        task.eval_update(batch)
+    changed = seen[0] != batch["ids"]
+    assert (seen[0][changed] == task.model.tokens.mask).all()
+    assert int(changed.sum()) == int(task.counts[0].sum()) > 50, "one that is left as it is would tell itself"
+
+
 def test_neighbours_know_what_stands_between():
     codes = [DNA.encode("ACGACGACGACG" * 5, "x")]
     model = Neighbours(codes, 1, DNA)

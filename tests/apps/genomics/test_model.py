@@ -96,9 +96,9 @@ def test_both_strands_have_one_score(table, built, pool, strand, tokens):
         assert not torch.allclose(score(texts), score([DNA.reverse_complement(t) for t in texts]), atol=1e-3)
 
 
-@pytest.mark.parametrize(("strand", "period"), [("average", None), ("tied", 3)])
-def test_answers_per_base_are_mirrored_and_strand_classes_change_places(per_base, built, strand, period):
-    model = {"strand": strand, "stem": [4], "shortcut": "window:5", "period": period}
+@pytest.mark.parametrize("strand", ["average", "tied"])
+def test_answers_per_base_are_mirrored_and_strand_classes_change_places(per_base, built, strand):
+    model = {"strand": strand, "stem": [4], "shortcut": "window:5"}
     _, data, task = built("tokens", per_base, model)
     assert data.spec["names"] == ["+", "-", "."]
     assert data.spec["mirror"] == [1, 0, 2]
@@ -120,20 +120,6 @@ def test_a_masked_model_fills_in_the_complement_on_the_other_strand(per_base, bu
     ours = task.model(ids, mask)
     assert torch.allclose(ours[mask], back[mask], atol=1e-5)
     assert not torch.allclose(ours[mask], flipped(task.model(turned, mask), mask)[mask], atol=1e-2)
-
-
-def test_a_period_tells_reading_frames_apart(per_base, built, recipe):
-    ids, mask = padded([DNA.encode("A" * 30, "x")])
-    spread = {}
-    for period in (None, 3):
-        _, _, task = built("tokens", per_base, {"stem": [3], "period": period}, ["attention=linear"])
-        inner = task.answer({"ids": ids, "mask": mask})[0, 6:24]  # far enough from the ends for convolution and frame
-        assert torch.allclose(inner[3:], inner[:-3], atol=1e-5)
-        spread[period] = float((inner[1:] - inner[:-1]).abs().max().detach())
-    assert spread[None] < 1e-5
-    assert spread[3] > 1e-2
-    with pytest.raises(UserError, match=r"model\.period counts from the start of a stretch"):
-        recipe("causal", {"path": per_base["path"]}, {"period": 3})
 
 
 def test_augmentation_reads_either_strand_in_training_and_the_given_one_after(table, built):

@@ -101,6 +101,9 @@ def test_scores_are_set_beside_measured_effects(tmp_path):
     assert name == "llr"
     assert figures["spearman"] == pytest.approx(1.0)
     assert figures["variants"] == 4  # one has no number, one no score
+    assert "blosum62" not in figures
+    _, figures = agreement(found, scores, "effect", protein=True)
+    assert figures["blosum62"] == pytest.approx(-0.894, abs=1e-3)  # C and G 0, D and F -2
     with pytest.raises(UserError, match=r"line 2: .*=efect: no such column \(did you mean 'effect'\?\); has mutant"):
         agreement(found, scores, "efect")
     with pytest.raises(UserError, match="line 2: column note must be a number, got 'x'"):
