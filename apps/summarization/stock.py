@@ -171,5 +171,7 @@ def build_stock(recipe: SummarizationRecipe, spec: dict[str, Any]) -> StockWrite
         length=recipe.data.max_tokens and recipe.data.max_tokens + 2,
         drop_bias=recipe.model.drop_bias,
     )
+    if recipe.backbone.checkpoint:
+        converted.gradient_checkpointing_enable()  # type: ignore[operator]
     # `from_pretrained` leaves a model in evaluation mode; here it is about to learn.
     return StockWriter(converted, recipe.model.label_smoothing).train()

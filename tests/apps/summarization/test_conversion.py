@@ -274,10 +274,11 @@ def test_a_checkpoint_folder_trains_predicts_and_comes_back(family, tmp_path, wr
     ]
     attention = ["attention=softmax"] if family == "t5" else ["attention=hybrid"]
     if family == "led":
-        attention += ["model.global_tokens=separators", "data.max_tokens=94"]
+        attention += ["model.global_tokens=separators", "data.max_tokens=94", "backbone.checkpoint=true"]
     fit(load_recipe("summarization/checkpoint", [*overrides, *attention]), run_dir=tmp_path / "run", quiet=True)
-    ids = load_run(tmp_path / "run").spec["tokenizer"]
-    assert ids["kind"] == "checkpoint"
+    loaded = load_run(tmp_path / "run")
+    assert loaded.spec["tokenizer"]["kind"] == "checkpoint"
+    assert loaded.task.model.inner.is_gradient_checkpointing == (family == "led")
     before = predict(tmp_path / "run", path, tmp_path / "a.jsonl")
     for file in folder.iterdir():
         file.unlink()
