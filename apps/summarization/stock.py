@@ -172,6 +172,9 @@ def build_stock(recipe: SummarizationRecipe, spec: dict[str, Any]) -> StockWrite
         drop_bias=recipe.model.drop_bias,
     )
     if recipe.backbone.checkpoint:
-        converted.gradient_checkpointing_enable()  # type: ignore[operator]
+        # The older name is that of transformers 4.
+        inner: Any = converted
+        known = hasattr(inner, "activation_checkpointing_enable")
+        (inner.activation_checkpointing_enable if known else inner.gradient_checkpointing_enable)()
     # `from_pretrained` leaves a model in evaluation mode; here it is about to learn.
     return StockWriter(converted, recipe.model.label_smoothing).train()
