@@ -4,6 +4,7 @@ The extractor is frozen and lies inside the writer's model, so that its weights 
 folder alone is enough for `predict`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def central(example: Example) -> np.ndarray:
         likeness = query_features(example.source.sentences, example.query)[:, 0]
         scores = scores + np.exp(likeness - max(likeness.max(), 1e-12))
     return scores
+
+
+def worth_of(kind: str, chooser: Chooser | None) -> Callable[[Example], np.ndarray] | None:
+    """What scores the sentences for a writer of this `model.kind`; None: it reads all of them."""
+    if kind != "extract_abstract":
+        return None
+    return central if chooser is None else chooser.scores
 
 
 def load_chooser(path: str) -> tuple[Chooser, dict[str, Any]]:

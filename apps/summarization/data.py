@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from apps.summarization.chooser import central, load_chooser
+from apps.summarization.chooser import load_chooser, worth_of
 from apps.summarization.documents import Example, shorten
 from apps.summarization.features import NAMES, QUERY_NAMES
 from apps.summarization.generated import generate
@@ -54,12 +54,10 @@ def build_data(recipe: SummarizationRecipe) -> Data:
         "reading": reading_options(recipe.data),
     }
     spec |= _writer_spec(recipe, parts["train"]) if writes else _extractor_spec(recipe, parts["train"])
-    worth = None
-    if recipe.model.kind == "extract_abstract":
-        worth = central
-        if recipe.model.extractor is not None:
-            chooser, spec["extractor"] = load_chooser(recipe.model.extractor)
-            worth = chooser.scores
+    chooser = None
+    if recipe.model.extractor is not None:
+        chooser, spec["extractor"] = load_chooser(recipe.model.extractor)
+    worth = worth_of(recipe.model.kind, chooser)
     items: dict[str, Any] = {}
     cuts = {}
     for part, examples in parts.items():

@@ -87,7 +87,7 @@ def _look_written(task: SummaryTask, outcome: Outcome) -> dict[str, np.ndarray]:
     item = AbstractiveItems([outcome.example], task.spec, "inspect", task.worth())[0]
     document = collate_abstractive([item])["document"]
     written = torch.tensor([[BEGIN, *task.tokens.encode(outcome.summary)[: task.spec["max_summary"]], END]])
-    table = model.table if isinstance(model, Writer) else model.inner.get_input_embeddings()
+    table = model.table if isinstance(model, Writer) else model.inner.get_encoder().get_input_embeddings()
     flat = _gradient(table, lambda: -model.loss(document, written), keep_sign=True).flatten().numpy()
     size, owners = len(outcome.example.source.sentences), item["owners"]
     if not isinstance(model, Writer):

@@ -171,5 +171,10 @@ def build_stock(recipe: SummarizationRecipe, spec: dict[str, Any]) -> StockWrite
         length=recipe.data.max_tokens and recipe.data.max_tokens + 2,
         drop_bias=recipe.model.drop_bias,
     )
+    if recipe.backbone.checkpoint:
+        # The older name is that of transformers 4.
+        inner: Any = converted
+        known = hasattr(inner, "activation_checkpointing_enable")
+        (inner.activation_checkpointing_enable if known else inner.gradient_checkpointing_enable)()
     # `from_pretrained` leaves a model in evaluation mode; here it is about to learn.
     return StockWriter(converted, recipe.model.label_smoothing).train()

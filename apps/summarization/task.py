@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apps.summarization.abstractive import Writer
 from apps.summarization.baselines import budget_of, choose, text_of
-from apps.summarization.chooser import central
+from apps.summarization.chooser import worth_of
 from apps.summarization.decoding import Speed, write
 from apps.summarization.documents import Example
 from apps.summarization.extractive import Extractor
@@ -101,10 +101,7 @@ class SummaryTask(Task):
 
     def worth(self) -> Any:
         """What scores the sentences that the writer gets to read; None: it reads all."""
-        if self.recipe.model.kind != "extract_abstract":
-            return None
-        chooser = getattr(self.model, "chooser", None)
-        return central if chooser is None else chooser.scores
+        return worth_of(self.recipe.model.kind, getattr(self.model, "chooser", None))
 
     def summarise(self, batch: dict[str, Any]) -> list[Outcome]:
         """A summary of each document of a batch, as `predict.*` of the recipe says."""

@@ -52,7 +52,7 @@ def document(sizes=(13, 7, 1), marked=None):
         {"decoding": "greedy"},
         {"decoding": "beam", "beams": 3, "length_penalty": 1.5},
         {"decoding": "beam", "beams": 2, "early_stopping": False, "no_repeat_ngram": 2, "min_tokens": 4},
-        {"decoding": "sample", "top_k": 5, "temperature": 1.3},
+        {"decoding": "sample", "top_k": 9, "top_p": 0.9, "temperature": 1.3, "seed": 3},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

@@ -250,7 +250,7 @@ def tokenizer():
 @pytest.mark.parametrize("family", ["bart", "t5", "led"])
 def test_a_checkpoint_folder_trains_predicts_and_comes_back(family, tmp_path, write_rows):
     from core.training.fit import fit
-    from core.training.predict import predict
+    from core.training.predict import inspect, predict
     from core.training.recipe import load_recipe
     from core.training.run import load_run
 
@@ -274,10 +274,12 @@ def test_a_checkpoint_folder_trains_predicts_and_comes_back(family, tmp_path, wr
     ]
     attention = ["attention=softmax"] if family == "t5" else ["attention=hybrid"]
     if family == "led":
-        attention += ["model.global_tokens=separators", "data.max_tokens=94"]
+        attention += ["model.global_tokens=separators", "data.max_tokens=94", "backbone.checkpoint=true"]
     fit(load_recipe("summarization/checkpoint", [*overrides, *attention]), run_dir=tmp_path / "run", quiet=True)
-    ids = load_run(tmp_path / "run").spec["tokenizer"]
-    assert ids["kind"] == "checkpoint"
+    loaded = load_run(tmp_path / "run")
+    assert loaded.spec["tokenizer"]["kind"] == "checkpoint"
+    recomputed = any(getattr(m, "gradient_checkpointing", False) for m in loaded.task.model.inner.modules())
+    assert recomputed == (family == "led")
     before = predict(tmp_path / "run", path, tmp_path / "a.jsonl")
     for file in folder.iterdir():
         file.unlink()
@@ -286,6 +288,9 @@ def test_a_checkpoint_folder_trains_predicts_and_comes_back(family, tmp_path, wr
     rows = [[json.loads(line) for line in file[0].read_text().splitlines()] for file in (before, after)]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 12
+    _, table = inspect(tmp_path / "run", path, tmp_path / "inside")
+    for line in table.read_text().splitlines():
+        assert max(json.loads(line)["attribution"]) > 0
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):

@@ -148,3 +148,23 @@ def test_a_trained_extractor_beats_lead_and_lexrank(recipe, rouge1, rouge2, shar
     for floor in ("lead", "lexrank"):
         assert test[f"rouge1_over_{floor}_low"] > 0
         assert test[f"rouge2_over_{floor}_low"] > 0
+
+
+@pytest.mark.parametrize(("tokenizer", "reader"), [("bytes", "patches"), ("unigram", "tokens"), ("bpe", "sentences")])
+def test_every_token_of_a_document_is_read_and_the_loss_falls(small_recipe, tokenizer, reader):
+    options = ("model.pointer=false", "optim.lr=1e-2", *(["model.patch=4"] if reader == "patches" else []))
+    recipe = small_recipe("jsonl", f"model.tokenizer={tokenizer}", f"model.reader={reader}", *options)
+    data = build_data(recipe)
+    task = build_task(recipe, data.spec)
+    text = " ".join(data.train.examples[0].source.sentences)
+    assert task.tokens.decode(data.train[0]["ids"].tolist()) == text
+    batch = data.collate([data.train[0], data.train[1]])
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss, _ = task.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
