@@ -4,6 +4,7 @@
 - histogram: logistic regression on a colour histogram (8 bins per channel, and 4 x 4 x 4 of the colours together);
 - thumbnail: logistic regression on the image shrunk to 16 x 16;
 - position: segments only, the most frequent class of each place (on a grid of 32 x 32);
+- prior: boxes only, the same for every image: the middles of clusters of the training boxes of each class;
 - optimum: generated scenes only, the best possible accuracy.
 """
 
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.vision.detection import MOST as MOST_BOXES
+from apps.vision.detection import BoxScores, overlap
 from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
 from core.training.data import Data
 from core.training.recipe import Recipe
@@ -32,6 +35,8 @@ def floors(recipe: Recipe, data: Data) -> dict[str, dict[str, float]]:
         return _of_segments(train, test, classes, spec["reading"]["ignore"])
     if task == "values":
         return _of_values(train, test)
+    if task == "boxes":
+        return _of_boxes(train, test, classes)
     rows = range(0, len(train), max(1, len(train) // MOST))  # type: ignore[arg-type]
     labels = np.array([train.targets[n] for n in rows])  # type: ignore[attr-defined]
     truth = torch.tensor(test.targets)  # type: ignore[union-attr]
@@ -119,3 +124,37 @@ def _of_values(train: Any, test: Any) -> dict[str, dict[str, float]]:
         mean.update(torch.full_like(truth, float(places.mean())), truth)
         position.update(F.interpolate(places[None, None], size=truth.shape, mode="bilinear")[0, 0].float(), truth)
     return {"mean": mean.compute(), "position": position.compute()}
+
+
+def _of_boxes(train: Any, test: Any, classes: list[str]) -> dict[str, dict[str, float]]:
+    scores = BoxScores(classes, threshold=0.5)
+    answer = prior(train.targets, len(classes))
+    for boxes in test.targets:
+        scores.update(*answer, boxes)
+    return {"prior": scores.compute()}
+
+
+def prior(train: list[Tensor], classes: int, most: int = MOST_BOXES) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes [P], scores [P] and sides [P, 4] of boxes that fit training images [M, 5] best, the surest first.
+
+    They are the middles of clusters (k-means) of each class. The score is the share of the training images that have a
+    box of the class which overlaps by half.
+    """
+    from sklearn.cluster import KMeans
+
+    kinds, scores, sides = [], [], []
+    for k in range(classes):
+        own = torch.cat([boxes[boxes[:, 0] == k, 1:] for boxes in train]).double().numpy()
+        number = min(len(np.unique(own, axis=0)), max(1, most // classes))
+        if not number:
+            continue
+        middles = KMeans(number, n_init="auto", random_state=0).fit(own).cluster_centers_
+        middles = torch.as_tensor(middles, dtype=torch.float32)
+        met = [(overlap(middles[:, None], boxes[None, boxes[:, 0] == k, 1:])[0] >= 0.5).any(1) for boxes in train]
+        kinds.append(torch.full((number,), k))
+        scores.append(torch.stack(met).float().mean(0))
+        sides.append(middles)
+    if not kinds:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, 4)
+    order = torch.cat(scores).argsort(descending=True, stable=True)
+    return torch.cat(kinds)[order], torch.cat(scores)[order], torch.cat(sides)[order]

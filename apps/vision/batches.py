@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from apps.vision.augment import Augment
+from apps.vision.boxes import BoxAugment
 from apps.vision.images import BrokenImage, fitted, read_image, read_mask, read_values, resized_mask, shrunk
 from apps.vision.sources import Item, Store
 
@@ -19,7 +20,8 @@ class Images(Dataset):
 
     Items are kept as read (uint8, as large as data.shrink leaves them) with `cache`, else read each time. A batch
     is {"image": uint8 [B, C, H, W], "real": [B, 2] rows and columns that are no border, "index": [B]} and "label" [B]
-    or [B, K]; or "mask" [B, H, W] in training, and in evaluation a list of masks in their own size.
+    or [B, K]; or "mask" [B, H, W] in training, and in evaluation a list of masks in their own size; or "boxes", a list
+    of [M, 5] per image (see `boxes.py`), in training of what is seen, in evaluation of the whole images, and "shape".
     """
 
     def __init__(self, part: str, reader: "Reader", items: list[Item], targets: list[Any], augment: Augment | None):
@@ -40,7 +42,9 @@ class Images(Dataset):
         others: dict[str, list[Tensor]] = {}
         for index in indices:
             image, mask = self.get(index)
-            if self.augment is not None:
+            if isinstance(self.augment, BoxAugment):
+                image, mask, real = self.augment.boxed(image, self.targets[index])
+            elif self.augment is not None:
                 smaller = mask if mask is None else resized_mask(mask, (image.shape[1], image.shape[2]))
                 image, mask, real = self.augment(image, smaller)
             else:
@@ -58,7 +62,10 @@ class Images(Dataset):
         }
         if others:
             batch["sizes"] = {name: torch.stack(some) for name, some in others.items()}
-        if masks[0] is None:
+        if self.reader.task == "boxes":
+            batch["boxes"] = masks if self.augment is not None else [self.targets[index] for index in indices]
+            batch["shape"] = [self.items[index].shape for index in indices]
+        elif masks[0] is None:
             batch["label"] = torch.stack([torch.as_tensor(self.targets[index]) for index in indices])
         else:
             batch["mask"] = torch.stack(masks) if self.augment is not None else masks
@@ -79,6 +86,7 @@ class Reader:
         """
         assert self.store is not None
         image = read_image(self.store.read(item.image), self.reading["channels"])
+        item.shape = (image.shape[1], image.shape[2])
         if item.mask is None:
             return shrunk(image, self.reading["shrink"]), None
         mask = (read_mask if self.task == "segments" else read_values)(self.store.read(item.mask))

@@ -8,6 +8,7 @@ import torch
 
 from apps.vision.augment import Augment
 from apps.vision.batches import READING, Images, Reader
+from apps.vision.boxes import BoxAugment, to_shares
 from apps.vision.generated import CLASSES, KINDS, generate
 from apps.vision.images import BrokenImage, check_image, shrunk
 from apps.vision.parts import draw, find_copies, split
@@ -42,7 +43,9 @@ def build_data(recipe: VisionRecipe) -> Data:
         parts = _parts(items, kept, classes, reader, task, options.limit, notes)
         notes |= find_copies(parts)
     mean, std = _scale(recipe, parts["train"])
-    if any(getattr(recipe.augment, name) for name in ("crop", "flip", "flip_rows", "colour", "rand_augment")):
+    if task == "boxes":
+        parts["train"].augment = BoxAugment(recipe.augment, size, options.resize, [])
+    elif any(getattr(recipe.augment, name) for name in ("crop", "flip", "flip_rows", "colour", "rand_augment")):
         parts["train"].augment = Augment(recipe.augment, size, options.resize, [255 * value for value in mean])
     elif task in ("segments", "values"):
         plain = recipe.augment.model_copy(update={"flip": False})
@@ -100,10 +103,13 @@ def _readable(
 ) -> tuple[list[Item], list[Any]]:
     """Items whose files are whole; all are decoded where they are kept, else their heads are looked at."""
     items, kept, broken = [], [], []
+    boxed = reader.task == "boxes"  # their images are read to the end in any case: boxes are shares of the whole
     for item in found.items:
         try:
             if options.cache:
                 kept.append(reader.read(item))
+            elif boxed:
+                reader.read(item)
             else:
                 source = found.store.read(item.image)
                 if not hasattr(source, "mode"):
@@ -149,14 +155,19 @@ def _classes(items: list[Item], kept: list[Any], options: DataSection, task: str
                 )
             )
         return names
-    labels = [item.label if isinstance(item.label, list) else [item.label] for item in items]
+    if task == "boxes":
+        labels = [list(dict.fromkeys(box[0] for box in item.label)) for item in items]
+    else:
+        labels = [item.label if isinstance(item.label, list) else [item.label] for item in items]
     there = {one for some in labels for one in some}
     names = options.classes or sorted(there, key=lambda name: (int(name) if name.isdigit() else -1, name))
     for item, some in zip(items, labels):
         for one in some:
             if one not in names:
                 raise UserError(f"{item.name}: unknown class {one!r}{nearest(one, names)}; known: {', '.join(names)}")
-    if len(names) < 2:
+    if not names:
+        raise UserError("data.boxes hold no box")
+    if len(names) < 2 and task != "boxes":
         raise UserError(f"one class ({', '.join(names)}) leaves nothing to learn; put images into a folder per class")
     return names
 
@@ -164,19 +175,23 @@ def _classes(items: list[Item], kept: list[Any], options: DataSection, task: str
 def _parts(
     items, kept, classes, reader: Reader, task: str, limit: int | None, notes: dict[str, Any]
 ) -> dict[str, Images]:
-    parts = {}
+    parts, counted = {}, Counter()
     for part in PARTS:
         chosen = [n for n, item in enumerate(items) if item.part == part]
         if part == "train" and limit is not None and limit < len(chosen):
             notes["train_images_not_used"] = len(chosen) - limit
             chosen = draw(chosen, [items[n].label for n in chosen], limit)
         mine = [items[n] for n in chosen]
-        parts[part] = Images(part, reader, mine, [_target(item, classes, task) for item in mine], None)
+        parts[part] = Images(part, reader, mine, [_target(item, classes, task, counted) for item in mine], None)
         parts[part].kept = [kept[n] for n in chosen] if kept else None
+    notes |= dict(counted)
     return parts
 
 
-def _target(item: Item, classes: list[str], task: str) -> Any:
+def _target(item: Item, classes: list[str], task: str, counted: Counter) -> Any:
+    if task == "boxes":
+        assert item.shape is not None
+        return to_shares(item, item.shape, classes, counted)
     if task == "classes":
         return classes.index(item.label)
     return [float(name in item.label) for name in classes] if task == "labels" else 0
@@ -207,12 +222,14 @@ def _scale(recipe: VisionRecipe, train: Images) -> tuple[list[float], list[float
 
 
 def _counts(train: Images, classes: list[str], task: str, ignore: int | None) -> list[int]:
-    """Training images (pixels, of up to 500 masks) per class."""
+    """Training images (boxes; pixels, of up to 500 masks) per class."""
     if task in ("classes", "labels"):
         rows = torch.tensor(train.targets)
         return rows.bincount(minlength=len(classes)).tolist() if task == "classes" else rows.sum(0).int().tolist()
     if task == "values":
         return []
+    if task == "boxes":
+        return torch.cat(train.targets)[:, 0].long().bincount(minlength=len(classes)).tolist()
     total = torch.zeros(len(classes), dtype=torch.int64)
     for index in range(0, len(train), max(1, len(train) // 500)):
         mask = train.get(index)[1]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apps.vision.detection import BoxHead
 from apps.vision.heads import Features, MapHead, MultiScaleHead
 from apps.vision.recipe import VisionRecipe, pair
 from apps.vision.stems import STEMS, Texture
@@ -147,7 +148,7 @@ def check_size(x: Tensor, patch: int) -> None:
 
 
 class VisionModel(nn.Module):
-    """Backbone and head: [B, C, H, W] -> logits [B, K], or maps [B, K, H, W] of the image's size.
+    """Backbone and head: [B, C, H, W] -> logits [B, K], maps [B, K, H, W] of the image's size, or boxes [B, N, K + 4].
 
     Args:
         recipe: the resolved recipe.   spec: of the data: classes, size.
@@ -172,6 +173,8 @@ class VisionModel(nn.Module):
                 self.head = MultiScaleHead(self.backbone.dim, outputs, recipe.model.head_width, patch, finer)  # type: ignore[arg-type]
             else:
                 self.head = MapHead(self.backbone.dim, outputs)
+        elif self.task == "boxes":
+            self.head = BoxHead(self.backbone.dim, outputs)
         elif not timm:
             self.head = nn.Linear(self.backbone.dim, outputs)
             nn.init.zeros_(self.head.bias)
@@ -191,6 +194,8 @@ class VisionModel(nn.Module):
                 answer = answer + self.texture([*found.finer, found.start])
             return answer
         assert self.head is not None
+        if self.task == "boxes":
+            return self.head(self.backbone(x, real))
         maps = self.head(self.backbone(x, real))
         return F.interpolate(maps, size=x.shape[2:], mode="bilinear", align_corners=False)
 

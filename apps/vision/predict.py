@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from apps.vision.batches import Reader
+from apps.vision.boxes import SIDES
 from apps.vision.images import SUFFIXES, BrokenImage, normalised, read_image, resized, restored, shrunk
+from apps.vision.pictures import overlay, save_mask, with_boxes
 from apps.vision.recipe import PredictSection, VisionRecipe, pair
-from apps.vision.results import overlay, save_mask, spec_labels
+from apps.vision.results import spec_labels
 from apps.vision.sources import Store
 from apps.vision.task import VisionTask
 from apps.vision.tiling import slide
@@ -26,8 +28,10 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
 
     Classes and labels: `output` is a CSV with a row per image: image, predicted, p_<class> for every class.
     Segments: `output` is a folder; each image gets a mask NAME.png of class numbers in its own size, and an overlay
-    NAME_overlay.png. Values: NAME.tif of 32-bit floats. Images keep their relative names. An image that cannot be read
-    is an error; with data.on_broken=skip in the recipe of the run it gets a row or a line in broken.txt.
+    NAME_overlay.png. Values: NAME.tif of 32-bit floats. Boxes: a CSV with a row per box (image, class, score, and left,
+    top, right, bottom in pixels of the image), or a folder with boxes.csv and a picture NAME_boxes.png each. Images
+    keep their relative names. An image that cannot be read is an error; with data.on_broken=skip in the recipe of the
+    run it gets a row or a line in broken.txt.
 
     Args:
         run: the trained run; classes, size and reading options come from its checkpoint.
@@ -41,6 +45,11 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     assert isinstance(recipe, VisionRecipe)
     names, root = find_images(input)
     dense = task.kind in ("segments", "values")
+    if task.kind == "boxes":
+        if output.suffix and output.suffix.lower() != ".csv":
+            raise UserError(f"--output {output}: boxes are written to a .csv file, or with pictures to a folder")
+        with torch.no_grad():
+            return _boxes(task, recipe, root, names, output)
     if not dense and output.suffix.lower() != ".csv":
         raise UserError(f"--output {output}: {task.kind} are written to a .csv file")
     if dense and (output.suffix or output.is_file()):
@@ -125,6 +134,41 @@ def _masks(task: VisionTask, recipe: VisionRecipe, root: Path, names: list[str],
     if broken:
         (output / "broken.txt").write_text("\n".join(broken) + "\n", encoding="utf-8")
         files.append(output / "broken.txt")
+    return files
+
+
+def _boxes(task: VisionTask, recipe: VisionRecipe, root: Path, names: list[str], output: Path) -> list[Path]:
+    settings, classes = recipe.predict, task.spec["classes"]
+    reader, broken = reader_of(task, settings), []
+    drawn = output.suffix.lower() != ".csv"
+    table = output / "boxes.csv" if drawn else output
+    table.parent.mkdir(parents=True, exist_ok=True)
+    files = [table]
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "class", "score", *SIDES])
+        for name, image in _read(root, names, recipe, broken):
+            shape = (image.shape[1], image.shape[2])
+            x, real = reader.fitted(shrunk(image, recipe.data.shrink))
+            shown = torch.tensor([real]) if recipe.data.resize == "pad" else None
+            answer = task.answer(normalised(x[None], task.mean, task.std), shown)[0]
+            kinds, scores, sides = task.boxes(answer, shape, x.shape[1:])
+            sure = scores >= settings.threshold
+            kinds, scores, sides = kinds[sure], scores[sure], sides[sure]
+            pixels = sides * torch.tensor([shape[1], shape[0]]).repeat(2)
+            for kind, score, box in zip(kinds.tolist(), scores.tolist(), pixels.tolist()):
+                writer.writerow([name, classes[kind], f"{score:.5f}", *(f"{side:.1f}" for side in box)])
+            if drawn:
+                place = output / PurePosixPath(name)
+                painted = place.with_name(f"{place.stem}_boxes.png")
+                painted.parent.mkdir(parents=True, exist_ok=True)
+                texts = [f"{classes[kind]} {score:.2f}" for kind, score in zip(kinds.tolist(), scores.tolist())]
+                Image.fromarray(with_boxes(image, kinds, sides, texts, len(classes))).save(painted)
+                files.append(painted)
+    if broken:
+        beside = table.with_name("broken.txt")
+        beside.write_text("\n".join(broken) + "\n", encoding="utf-8")
+        files.append(beside)
     return files
 
 

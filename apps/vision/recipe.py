@@ -10,8 +10,6 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Side = Annotated[int, Field(ge=1)]
 Size = Side | tuple[Side, Side]
 
-TASKS = ("classes", "labels", "segments", "values")
-
 
 class GeneratedSection(Section):
     """The generated scenes of the demo: their best possible accuracy is known, see `generated.py`."""
@@ -43,6 +41,8 @@ class DataSection(Section):
     """Folder of the images below `path`; "PART" in it stands for train, val and test."""
     masks: str | None = None
     """Folder of the masks below `path`, same file names as the images; "PART" as in `images`."""
+    boxes: str | None = None
+    """Of the boxes below `path`: folder of Pascal VOC files, or a table (image, class, left, top, right, bottom)."""
     lists: dict[Literal["train", "val", "test"], str] | None = None
     """Text files below `path`, one image per line (file name, or path; what follows a blank is ignored), by part."""
     image_column: str = "path"
@@ -148,8 +148,8 @@ class DistilSection(Section):
 class ModelSection(Section):
     """What stands around the attention."""
 
-    task: Literal["classes", "labels", "segments", "values"] = "classes"
-    """classes: one per image; labels: any number per image; segments: a class per pixel; values: a number per pixel."""
+    task: Literal["classes", "labels", "segments", "values", "boxes"] = "classes"
+    """An image has: classes, one; labels, any number; segments, one per pixel; values, a number per pixel; boxes."""
     timm: str | None = None
     """Name of a timm model, such as deit_tiny_patch16_224, whose attention is replaced; null: the plain backbone."""
     weights: str | None = None
@@ -191,7 +191,9 @@ class ModelSection(Section):
             )
         if self.convert_from is not None and (self.weights is not None or self.pretrained is not None):
             raise ValueError("convert_from brings its own weights; leave weights and pretrained out")
-        if self.head == "multiscale" and self.task in ("classes", "labels"):
+        if self.task == "boxes" and self.class_balance:
+            raise ValueError("class_balance is for classes and pixels; boxes are learned with the focal loss")
+        if self.head == "multiscale" and self.task not in ("segments", "values"):
             raise ValueError(f"head=multiscale is for segments and values, the task is {self.task}")
         if self.stem != "patch" and self.patch & (self.patch - 1):
             raise ValueError(f"stem={self.stem} halves the image, so patch must be a power of 2, got {self.patch}")
@@ -217,7 +219,9 @@ class PredictSection(Section):
     """Settings of prediction, which may be changed after training."""
 
     flips: bool = False
-    """Mean of the answers for the image and its mirror image."""
+    """Mean of the answers for the image and its mirror image; not for boxes."""
+    threshold: float = Field(default=0.3, gt=0, lt=1)
+    """Smallest score of a box that is answered."""
     size: Size | None = None
     """Rows and columns at which images are read; null: data.size, masks: the image's own size within `window`."""
     window: Size | None = None
@@ -229,7 +233,7 @@ class PredictSection(Section):
 
 
 class VisionRecipe(Recipe):
-    """Images in; classes, labels, masks or maps of values out."""
+    """Images in; classes, labels, masks, maps of values or boxes out."""
 
     data: DataSection = Field(default_factory=DataSection)  # type: ignore[assignment]
     """Where the images come from, how they are read, and how they are cut into parts."""
@@ -245,6 +249,7 @@ class VisionRecipe(Recipe):
     def judged_by(self) -> tuple[str, Literal["lower", "higher"]] | None:
         """accuracy, or what fits the task better."""
         judges = {"labels": ("f1_macro", "higher"), "segments": ("miou", "higher"), "values": ("mse", "lower")}
+        judges["boxes"] = ("map50", "higher")
         return judges.get(self.model.task)  # type: ignore[return-value]
 
     @model_validator(mode="after")
@@ -255,13 +260,19 @@ class VisionRecipe(Recipe):
             raise ValueError(f"data.generated.task={made.task} does not go with model.task={self.model.task}")
         if made is None and dense and self.data.masks is None:
             raise ValueError(f"model.task={self.model.task} needs data.masks, the folder of the masks")
+        if (self.model.task == "boxes") != (self.data.boxes is not None):
+            raise ValueError(f"model.task=boxes and data.boxes go together; the task is {self.model.task}")
+        if self.model.task == "boxes" and self.predict.flips:
+            raise ValueError("predict.flips averages answers, which boxes are not")
         if not dense and self.data.masks is not None:
             raise ValueError(f"data.masks belong to model.task=segments or values, the task is {self.model.task}")
         mixing = {name: getattr(self.augment, name) for name in ("mixup", "cutmix", "smoothing")}
         if self.model.task != "classes" and any(mixing.values()):
             raise ValueError(f"augment.mixup, cutmix and smoothing are for task=classes, the task is {self.model.task}")
-        if dense and (self.augment.rand_augment or self.augment.erasing):
-            raise ValueError("augment.rand_augment and erasing move or hide pixels without their mask; leave them out")
+        if (dense or self.data.boxes) and (self.augment.rand_augment or self.augment.erasing):
+            raise ValueError(
+                "augment.rand_augment and erasing move or hide pixels without their mask or box; leave them out"
+            )
         if self.data.resize == "pad" and self.model.texture:
             raise ValueError("model.texture would read the border of data.resize=pad, too; use crop or stretch")
         if self.data.resize == "pad" and self.model.timm is not None:

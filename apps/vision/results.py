@@ -2,27 +2,19 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from apps.vision.detection import BoxScores
 from apps.vision.metrics import ClassScores, SegmentScores
+from apps.vision.pictures import Kept, draw_sheet
 from apps.vision.recipe import VisionRecipe, pair
 from core.training.figures import canvas, draw_calibration, draw_confusion, draw_curves
-
-
-@dataclass
-class Kept:
-    """A test image uint8 [C, h, w] at the model's size, its mask and the answer [H, W] at its own."""
-
-    image: Tensor
-    mask: Tensor
-    answer: Tensor
+from core.training.plots import COLOURS
 
 
 def write_results(
@@ -48,8 +40,10 @@ def write_results(
         files.append(_table(folder / "classes.csv", own.by_class()))
         predicted, labels = _spread(own.counts)
         files.append(draw_confusion(folder / "confusion.png", labels, predicted, spec["classes"]))
+    elif isinstance(own, BoxScores):
+        files += [_table(folder / "classes.csv", own.by_class()), _precision(folder / "curves.png", own)]
     if kept:
-        files.append(_sheet(folder / "test_masks.png", kept, spec))
+        files.append(draw_sheet(folder / f"test_{'boxes' if isinstance(own, BoxScores) else 'masks'}.png", kept, spec))
     if recipe.model.eval_sizes:
         files += _by_size(folder, recipe, scores, costs)
     return files
@@ -85,6 +79,20 @@ def _of_classes(folder: Path, spec: dict[str, Any], own: ClassScores) -> list[Pa
         if len(np.unique(labels)) > 1:
             files.append(draw_curves(folder / "curves.png", probabilities, labels, names))
     return files
+
+
+def _precision(path: Path, own: BoxScores) -> Path:
+    """Precision by recall of each class, at overlaps of .5 and .75."""
+    with canvas(path, 5, 4) as figure:
+        axes = figure.add_subplot()
+        for k, name in enumerate(own.classes[: len(COLOURS)]):
+            for threshold, line in ((0.5, "-"), (0.75, ":")):
+                precision, recall, true = own.curve(k, threshold)
+                label = f"{name} ({true})" if threshold == 0.5 else None
+                axes.plot(recall, precision, line, color=COLOURS[k], label=label)
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.03), title="Overlap .5 (dotted: .75)")
+        axes.legend()
+    return path
 
 
 def spec_labels(names: Sequence[str], flags: Any) -> str:
@@ -127,54 +135,6 @@ def _by_size(folder: Path, recipe: VisionRecipe, scores: dict[str, Any], costs: 
     return [_table(folder / "sizes.csv", rows), folder / "sizes.png"]
 
 
-def palette(classes: int) -> np.ndarray:
-    """A colour per class, uint8 [K, 3], as different as many of them can be."""
-    import matplotlib as mpl
-
-    table = mpl.colormaps["tab20" if classes > 10 else "tab10"]
-    return np.array([[round(255 * x) for x in table(k % table.N)[:3]] for k in range(classes)], dtype=np.uint8)
-
-
-def overlay(image: Tensor, answer: Tensor, classes: int) -> np.ndarray:
-    """An image uint8 [C, H, W] under half-transparent colours of its classes [H, W]: uint8 [H, W, 3]."""
-    base = image.expand(3, -1, -1).permute(1, 2, 0).numpy().astype(np.float32)
-    known = (answer >= 0) & (answer < classes)
-    paint = palette(classes)[answer.clamp(0, classes - 1).numpy()].astype(np.float32)
-    mixed = 0.45 * base + 0.55 * paint
-    return np.where(known.numpy()[..., None], mixed, base).astype(np.uint8)
-
-
-def _sheet(path: Path, kept: Sequence[Kept], spec: dict[str, Any]) -> Path:
-    """Image, truth and answer of some test images, side by side."""
-    classes = len(spec["classes"])
-    with canvas(path, 9, 2.2 * len(kept) + 0.4) as figure:
-        axes = figure.subplots(len(kept), 3, squeeze=False)
-        for row, one in zip(axes, kept):
-            shown = torch.nn.functional.interpolate(one.image[None].float(), size=one.mask.shape, mode="bilinear")[
-                0
-            ].byte()
-            pictures: list[Any] = [shown.expand(3, -1, -1).permute(1, 2, 0).numpy()]
-            if classes:
-                truth = one.mask.masked_fill(one.mask >= classes, -1)
-                ignore = spec["reading"]["ignore"]
-                truth = truth if ignore is None else truth.masked_fill(one.mask == ignore, -1)
-                pictures += [overlay(shown, truth, classes), overlay(shown, one.answer, classes)]
-            else:
-                pictures += [one.mask.numpy(), one.answer.numpy()]
-            limits = {} if classes else {"vmin": float(one.mask.min()), "vmax": float(one.mask.max())}
-            for ax, picture, title in zip(row, pictures, ("image", "truth", "answer")):
-                ax.imshow(picture, **(limits if picture.ndim == 2 else {}))
-                ax.set_title(title, fontsize=8)
-                ax.axis("off")
-        if classes:
-            from matplotlib.patches import Patch
-
-            colours = palette(classes) / 255
-            handles = [Patch(color=colours[k], label=name) for k, name in enumerate(spec["classes"])]
-            figure.legend(handles=handles, loc="outside lower center", ncols=min(6, classes), fontsize=8)
-    return path
-
-
 def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"])
@@ -186,12 +146,4 @@ def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
             }
             for row in rows
         )
-    return path
-
-
-def save_mask(path: Path, answer: Tensor) -> Path:
-    """Class numbers [H, W] as a grey PNG, 8 bits where they fit, else 16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wide = answer.numel() and int(answer.max()) > 255
-    Image.fromarray(answer.numpy().astype(np.uint16 if wide else np.uint8)).save(path)
     return path

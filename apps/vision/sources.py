@@ -1,5 +1,6 @@
 """Which images there are: class folders, split folders, lists, tables, archives, image and mask folders, the hub."""
 
+import os
 import re
 import tarfile
 import zipfile
@@ -24,7 +25,8 @@ class Item:
     """One image before it is read.
 
     name: how it is called in messages and in the table of predictions.   image, mask: what `Store.read` takes.
-    label: name of its class, names of its classes, or None.   part: train, val, test, or "" where the shares decide.
+    label: name of its class, names of its classes, boxes (class, left, top, right, bottom) in pixels, or None.
+    part: train, val, test, or "" where the shares decide.   shape: rows and columns as they were read, upright.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Item:
     label: Any = None
     mask: Any = None
     part: str = ""
+    shape: tuple[int, int] | None = None
 
 
 @dataclass
@@ -50,9 +53,15 @@ class Store:
         self.root = root
 
     def names(self) -> list[str]:
-        """All files that may be images, sorted; hidden ones are left out."""
-        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES)
-        return sorted(str(PurePosixPath(*path.parts)) for path in found if not any(p[0] == "." for p in path.parts))
+        """All files that may be images, sorted; hidden ones are left out, folders that are links are followed."""
+        found, entered = [], set()
+        for place, folders, files in os.walk(self.root, followlinks=True):
+            entered.add(os.path.realpath(place))
+            # A link back to a folder above would lead round in circles.
+            folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(Path(place, f)) not in entered]
+            below = PurePosixPath(*Path(place).relative_to(self.root).parts)
+            found += [str(below / file) for file in files if file[0] != "." and Path(file).suffix.lower() in SUFFIXES]
+        return sorted(found)
 
     def read(self, image: Any) -> Any:
         """What `read_image` takes: a path, or an image that a table held."""
@@ -108,6 +117,8 @@ def find_items(path: Path | str, options: DataSection, task: str) -> Found:
         UserError: nothing is found, a mask is missing, a list or table names what is not there.
     """
     text = str(path)
+    if options.boxes is not None and not Path(path).is_dir():
+        raise UserError(f"{path}: data.boxes go with a folder of images")
     if text.startswith(HUB) or (Path(path).is_file() and not _is_archive(Path(path))):
         return _from_table(path, options, task)
     path = Path(path)
@@ -115,9 +126,13 @@ def find_items(path: Path | str, options: DataSection, task: str) -> Found:
     names = store.names()
     if not names:
         raise UserError(f"{path}: no images; known suffixes: {' '.join(SUFFIXES)}")
-    found = Found(
-        store, _with_masks(names, options, path) if options.masks is not None else _with_classes(names, options, path)
-    )
+    if options.boxes is not None:
+        from apps.vision.boxes import items_with_boxes
+
+        items = items_with_boxes(names, options, path)
+    else:
+        items = (_with_classes if options.masks is None else _with_masks)(names, options, path)
+    found = Found(store, items)
     if options.lists is not None:
         _apply_lists(found, options.lists, path if path.is_dir() else path.parent)
     return found
@@ -196,7 +211,8 @@ def _apply_lists(found: Found, lists: Mapping[Any, str], root: Path) -> None:
     """Keep the items that the lists name, in the part whose list it is; what they name beyond that is counted."""
     names, full = {}, {}
     for item in found.items:
-        names.setdefault(PurePosixPath(item.name).name, []).append(item)
+        for key in {PurePosixPath(item.name).name, PurePosixPath(item.name).stem}:  # VOC's lists have no suffix
+            names.setdefault(key, []).append(item)
         full[item.name] = item
     part_of: dict[str, str] = {}
     absent = Counter()

@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apps.vision.augment import Mixing
+from apps.vision.boxes import frame_of, seen, unseen
 from apps.vision.convert import Distillation, load_source, source_is_there, take_over, untrained
 from apps.vision.costs import count_cost, measured_at
+from apps.vision.detection import BoxScores, best, set_loss
 from apps.vision.images import BORDER, normalised, restored
 from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
 from apps.vision.model import TimmBackbone, VisionModel
+from apps.vision.pictures import Kept
 from apps.vision.recipe import VisionRecipe, pair
-from apps.vision.results import Kept, sizes_of_test, write_results
+from apps.vision.results import sizes_of_test, write_results
 from core.training.evaluation import autocast
 from core.training.pretrained import load_pretrained, read_weights
 from core.training.task import Task
@@ -27,7 +30,7 @@ MOST_OVERLAYS = 8
 
 
 class VisionTask(Task):
-    """Classification, segmentation or dense regression of images.
+    """Classification, segmentation, dense regression of images, or boxes in them.
 
     Args:
         recipe: the resolved recipe.   spec: what `build_data` found: classes, size, mean and deviation.
@@ -90,9 +93,9 @@ class VisionTask(Task):
     # -- training --------------------------------------------------------------------------------------------------
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy, binary cross-entropy or squared error of a batch, and what is learned from a source."""
+        """Cross-entropy, binary cross-entropy, squared error or set loss of a batch; what is learned from a source."""
         x, real = self._inputs(batch)
-        target: Any = batch.get("label", batch.get("mask"))
+        target: Any = next(batch[name] for name in ("label", "mask", "boxes") if name in batch)
         if self.eraser is not None:
             self.eraser.device = str(x.device)
             x = self.eraser(x)
@@ -106,9 +109,12 @@ class VisionTask(Task):
                 transfer = learned.transfer(self.model, x, real)
                 return transfer, {"transfer": transfer}
         answer = self.model(x, real)
-        loss = self._supervised(answer, target)
+        if self.kind == "boxes":
+            loss, terms = set_loss(answer, target)
+        else:
+            loss, terms = self._supervised(answer, target), {}
         if learned is None or not learned.options.weight:
-            return loss, {}
+            return loss, terms
         distance = learned.distance(answer, x, real, self.kind in ("classes", "segments"))
         return loss + learned.options.weight * distance, {"task_loss": loss, "distance": distance}
 
@@ -196,6 +202,12 @@ class VisionTask(Task):
         mirrored = self.model(x.flip(-1), real).float()
         return (found + (mirrored if found.dim() == 2 else mirrored.flip(-1))) / 2
 
+    def boxes(self, answer: Tensor, shape: tuple[int, int], size: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Classes, scores and sides (shares of an image of `shape`) of one image's answer, from a model of `size`."""
+        kinds, scores, sides = best(answer)
+        options = self.recipe.data
+        return kinds, scores, unseen(sides, frame_of(shape, tuple(size), options.resize, options.crop_ratio))
+
     def cost(self) -> dict[str, Any]:
         """Parameters, FLOPs and tokens of one image at data.size."""
         if self.counted is None:
@@ -217,6 +229,11 @@ class VisionTask(Task):
         if self.kind in ("classes", "labels"):
             self.scores[name].update(answer, batch["label"])
             return answer
+        if self.kind == "boxes":
+            found = [self.boxes(one, *given) for one, given in zip(answer, zip(batch["shape"], [x.shape[2:]] * len(x)))]
+            for one, boxes in zip(found, batch["boxes"]):
+                self.scores[name].update(*one, boxes)
+            return found  # type: ignore[return-value]
         answers, options = [], self.recipe.data
         for one, mask in zip(answer, batch["mask"]):
             grown = restored(one, mask.shape, options.resize, options.crop_ratio)
@@ -230,6 +247,8 @@ class VisionTask(Task):
             return ClassScores(self.kind == "classes")
         if self.kind == "segments":
             return SegmentScores(self.spec["classes"], self.recipe.data.ignore)
+        if self.kind == "boxes":
+            return BoxScores(self.spec["classes"], self.recipe.predict.threshold)
         return ValueScores()
 
     def _others(self) -> dict[str, VisionModel]:
@@ -243,10 +262,20 @@ class VisionTask(Task):
         return self.compared
 
     def _keep(self, batch: dict[str, Any], answer: Any) -> None:
-        if self.kind not in ("classes", "labels"):
-            for image, mask, found in zip(batch["image"], batch["mask"], answer):
-                if len(self.kept) < MOST_OVERLAYS:
-                    self.kept.append(Kept(image.cpu(), mask.cpu(), found.cpu()))
+        if self.kind in ("classes", "labels"):
+            return
+        room = MOST_OVERLAYS - len(self.kept)
+        if self.kind != "boxes":
+            for image, mask, found in zip(batch["image"][:room], batch["mask"], answer):
+                self.kept.append(Kept(image.cpu(), mask.cpu(), found.cpu()))
+            return
+        options = self.recipe.data
+        for image, boxes, shape, found in zip(batch["image"][:room], batch["boxes"], batch["shape"], answer):
+            frame = frame_of(shape, image.shape[1:], options.resize, options.crop_ratio)
+            sure = found[1] >= self.recipe.predict.threshold
+            kinds, scores, sides = (x[sure].cpu() for x in found)
+            shown = seen(torch.cat((kinds[:, None].float(), sides), 1), frame)[:, 1:]
+            self.kept.append(Kept(image.cpu(), seen(boxes.cpu(), frame), (kinds, scores, shown)))
 
 
 def _weights(counts: list[int], power: float) -> Tensor | None:
