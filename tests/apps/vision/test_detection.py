@@ -215,7 +215,7 @@ def test_the_floor_knows_where_boxes_usually_are():
 def detector(squares, tmp_path_factory):
     torch.manual_seed(0)
     recipe = recipe_of(
-        squares, "data.size=[32,64]", "optim.lr=1e-2", "trainer.epochs=30", "optim.ema=null", "attention=softmax"
+        squares, "data.size=[32,64]", "optim.lr=1e-2", "trainer.epochs=30", "optim.ema=0", "attention=softmax"
     )
     run = tmp_path_factory.mktemp("runs") / "detector"
     fit(recipe, run_dir=run, quiet=True)
