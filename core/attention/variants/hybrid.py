@@ -201,43 +201,12 @@ def _torch(*arguments) -> Attended:
 
 
 def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
+    from core.attention.kernels.hybrid_entry import by_one_kernel, fused
+
     parts = q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask
-    if _by_one_kernel(q, v, tail_q, phi, slopes):
-        return _fused(*parts, scale, rotary)[0]
+    if by_one_kernel(q, v, tail_q, phi, slopes):
+        return fused(*parts, scale, rotary)[0]
     return merged(*parts, slopes, scale, rotary, backend="triton")
-
-
-def _by_one_kernel(q: Tensor, v: Tensor, tail_q: Tensor, phi, slopes: Tensor | None) -> bool:
-    from core.attention.kernels.hybrid import prefers
-
-    tail = tail_q.shape[3] if phi.name == "taylor" else phi.width(tail_q.shape[3])
-    phi = phi.given if isinstance(phi, LearnedMap) else phi
-    return prefers(phi, max(q.shape[3], tail, v.shape[3]), decays=slopes is not None)
-
-
-def _fused(
-    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, scale, rotary, state: Tensor | None = None, keep=False
-) -> tuple[Attended, Tensor]:
-    """Both parts by one kernel, and the sums of the keys that left the window where they are to be kept."""
-    from core.attention.kernels.hybrid import hybrid_forward
-
-    same = tail_q is q and tail_k is k and rotary is None and not isinstance(phi, LearnedMap)
-    tails, turned = (None, None), (None, None)
-    level = None
-    if not same:
-        tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)
-        if turning is not None:
-            features = phi.features(tail_q.float()), phi.features(tail_k.float())
-            turned = tuple(turn(x).to(q.dtype) for turn, x in zip(turning, features))
-        tails = tail_q.to(q.dtype), tail_k.to(q.dtype)
-    if rotary is not None:
-        q, k = rotary[0](q), rotary[1](k)
-    weight = gate.float()[None, :, None].expand(q.shape[:3])
-    weight = weight if level is None else weight + level
-    out, mass, end = hybrid_forward(
-        q, k, v, *tails, *turned, key_mask, weight, state, phi.name, window, causal, scale, keep
-    )
-    return Attended(out, mass), end
 
 
 if kernels.PRESENT:
@@ -281,12 +250,15 @@ def resume(
     ring = extend_ring(state, k, v, key_mask)
     if rotary is not None:
         rotary = (rotary[0], rotary[1].extended(window))
-    if backend == "triton" and q.shape[2] > 1 and _by_one_kernel(q, v, tail_q, phi, slopes):
-        keys, mask = ring["keys"], ring["mask"]
-        parts = q, keys, ring["values"], tail_q, tail_of(keys), window, phi, gate, True, mask, scale, rotary
-        attended, total = _fused(*parts, state["sum"], keep=True)
-        count = linear.counted(q, keys[:, :, :leaving], mask[:, :leaving], state["count"])
-        return attended, {**keep_ring(ring, window), "sum": total, "count": count}
+    if backend == "triton" and q.shape[2] > 1:
+        from core.attention.kernels.hybrid_entry import by_one_kernel, fused
+
+        if by_one_kernel(q, v, tail_q, phi, slopes):
+            keys, mask = ring["keys"], ring["mask"]
+            parts = q, keys, ring["values"], tail_q, tail_of(keys), window, phi, gate, True, mask, scale, rotary
+            attended, total = fused(*parts, state["sum"], keep=True)
+            count = linear.counted(q, keys[:, :, :leaving], mask[:, :leaving], state["count"])
+            return attended, {**keep_ring(ring, window), "sum": total, "count": count}
     attended = near(q, ring["keys"], ring["values"], window, True, ring["mask"], slopes, scale, rotary, backend)
     tail, past = linear.sums(
         tail_q,
