@@ -160,6 +160,6 @@ class BoxScores:
 
 def average_precision(precision: Any, recall: Any) -> float:
     """Mean over 101 recalls of the best precision at that recall or a higher one."""
-    ceiling = np.maximum.accumulate(precision[::-1])[::-1]
+    ceiling: Any = np.maximum.accumulate(precision[::-1])[::-1]
     at = np.searchsorted(recall, RECALLS, side="left")
     return float(np.mean([ceiling[n] if n < len(ceiling) else 0.0 for n in at]))
