@@ -30,7 +30,13 @@ def build_data(recipe: VisionRecipe) -> Data:
         UserError: one line for any mistake in the files.
     """
     options, task, size = recipe.data, recipe.model.task, pair(recipe.data.size)
-    reader = Reader(None, task, size, {name: getattr(options, name) for name in READING})
+    reading = {name: getattr(options, name) for name in READING}
+    if options.resize == "native":
+        from apps.vision.timm_models import patch_of
+
+        assert recipe.model.timm is not None
+        reading["patch"] = patch_of(recipe.model.timm)
+    reader = Reader(None, task, size, reading)
     notes: dict[str, Any] = {}
     if options.generated is not None:
         parts, classes = _generated(options, task, reader)
@@ -46,7 +52,8 @@ def build_data(recipe: VisionRecipe) -> Data:
     if task == "boxes":
         parts["train"].augment = BoxAugment(recipe.augment, size, options.resize, [])
     elif any(getattr(recipe.augment, name) for name in ("crop", "flip", "flip_rows", "colour", "rand_augment")):
-        parts["train"].augment = Augment(recipe.augment, size, options.resize, [255 * value for value in mean])
+        fill = [255 * value for value in mean]
+        parts["train"].augment = Augment(recipe.augment, size, options.resize, fill, reading.get("patch", 1))
     elif task in ("segments", "values"):
         plain = recipe.augment.model_copy(update={"flip": False})
         parts["train"].augment = Augment(plain, size, options.resize, [255 * value for value in mean])
