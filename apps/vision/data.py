@@ -18,7 +18,7 @@ from core.attention.registry import nearest
 from core.training.data import Data
 from core.training.errors import UserError
 from core.training.files import find_file
-from core.training.rows import HUB
+from core.training.hub import HUB
 
 log = logging.getLogger(__name__)
 
