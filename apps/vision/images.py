@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from apps.vision.native import native_size
@@ -79,11 +79,17 @@ def read_values(source: bytes | Path | Image.Image) -> Tensor:
     return torch.from_numpy(values)
 
 
-def check_image(source: bytes | Path) -> None:
-    """Raise BrokenImage where the head of a file is not that of an image."""
+def check_image(source: bytes | Path) -> tuple[int, int]:
+    """Rows and columns of an image, upright, from its head; BrokenImage where that is not one."""
     try:
-        with Image.open(io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())) as image:
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
             image.verify()
+        with Image.open(io.BytesIO(content)) as image:
+            # For its EXIF a PNG would have to be decoded, and cameras write none.
+            turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            columns, rows = image.size[::-1] if turned else image.size
+            return rows, columns
     except Exception as error:
         raise BrokenImage(_reason(error)) from error
 

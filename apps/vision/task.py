@@ -239,7 +239,7 @@ class VisionTask(Task):
     def _score(self, name: str, model: VisionModel, x: Tensor, real: Tensor | None, batch: dict[str, Any]) -> Tensor:
         answer = model(x, real).float()
         if name not in self.scores:
-            self.scores[name] = self._new_scores()
+            self.scores[name] = self._new_scores(outlines=self.part == "test" and not name)
         if self.kind in ("classes", "labels"):
             self.scores[name].update(answer, batch["label"])
             return answer
@@ -256,11 +256,11 @@ class VisionTask(Task):
             answers.append(grown)
         return answers  # type: ignore[return-value]
 
-    def _new_scores(self) -> Any:
+    def _new_scores(self, *, outlines: bool) -> Any:
         if self.kind in ("classes", "labels"):
             return ClassScores(self.kind == "classes")
         if self.kind == "segments":
-            return SegmentScores(self.spec["classes"], self.recipe.data.ignore)
+            return SegmentScores(self.spec["classes"], self.recipe.data.ignore, outlines=outlines)
         if self.kind == "boxes":
             return BoxScores(self.spec["classes"], self.recipe.predict.threshold)
         return ValueScores()

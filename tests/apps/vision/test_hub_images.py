@@ -81,4 +81,7 @@ def test_rows_without_a_class_or_an_image_are_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read bad.png: not an image \(and 1 more\); data.on_broken=skip"):
         data_of(f"hub:{tmp_path / 'b'}")
     summary = data_of(f"hub:{tmp_path / 'b'}", "data.on_broken=skip", "data.test_share=0").summary
-    assert summary["broken"]["files"] == ["bad.png: not an image", f"hub:{tmp_path / 'b'}:train, row 2: the cell is empty"]
+    assert summary["broken"]["files"] == [
+        "bad.png: not an image",
+        f"hub:{tmp_path / 'b'}:train, row 2: the cell is empty",
+    ]
