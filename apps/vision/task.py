@@ -91,7 +91,7 @@ class VisionTask(Task):
             log.info("pretrained: %s", load_pretrained(self.model, options.pretrained, skip=skip))
         if options.convert_from is not None:
             source = load_source(self.recipe, self.spec)
-            new = take_over(self.model, source)
+            new = take_over(self.model, source.model)
             log.info("converted from %s; of the mechanisms' own: %s", options.convert_from, ", ".join(new) or "nothing")
             self.distillation = [Distillation(source, options.distil)]
 
@@ -119,10 +119,10 @@ class VisionTask(Task):
             loss, terms = set_loss(answer, target)
         else:
             loss, terms = self._supervised(answer, target), {}
-        if learned is None or not learned.options.weight:
+        if learned is None or not learned.weight:
             return loss, terms
         distance = learned.distance(answer, x, real, self.kind)
-        return loss + learned.options.weight * distance, {"task_loss": loss, "distance": distance}
+        return loss + learned.weight * distance, {"task_loss": loss, "distance": distance}
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(normalised images, real rows and columns where some have a border)."""
@@ -272,7 +272,9 @@ class VisionTask(Task):
                 log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
                 return {}
             source = load_source(self.recipe, self.spec)
-            self.compared = {"source": source, "replaced": untrained(self.recipe, self.spec, source)}
+            if not source.answers:
+                return {}
+            self.compared = {"source": source.model, "replaced": untrained(self.recipe, self.spec, source.model)}
         return self.compared
 
     def _keep(self, batch: dict[str, Any], answer: Any) -> None:
