@@ -269,11 +269,11 @@ def _from_table(path: Path | str, options: DataSection, task: str) -> Found:
             part = _alias(given) or ""
             if not part:
                 raise UserError(f"{row.where}: {options.part_column} is {given!r}; known: train, val, test")
+        if target is None:
+            raise UserError(f"{row.where}: {columns[1]} is empty")
         if task in ("segments", "values"):
             items.append(Item(str(name), image, mask=target, part=part))
             continue
-        if target is None:
-            raise UserError(f"{row.where}: {options.label_column} is empty")
         if task == "labels":
             labels = target if isinstance(target, list) else str(target).split(options.separator)
             label: Any = [str(one).strip() for one in labels if str(one).strip()]

@@ -63,7 +63,7 @@ class VisionTask(Task):
         sizes = [pair(size) for size in recipe.augment.sizes or []]
         self.sizes = [*sizes, pair(recipe.data.size)] if sizes and sizes[-1] != pair(recipe.data.size) else sizes
         self.distillation: list[Distillation] = []  # in a list, so that it is no part of the module
-        self.compared: dict[str, VisionModel] = {}
+        self.compared: dict[str, VisionModel] | None = None
         self.scores: dict[str, Any] = {}
         self.tested: dict[str, Any] = {}
         self.kept: list[Kept] = []
@@ -267,13 +267,16 @@ class VisionTask(Task):
 
     def _others(self) -> dict[str, VisionModel]:
         """The source of a conversion and the model right after the replacement, while the source is there."""
-        if self.recipe.model.convert_from is not None and not self.compared:
-            if not source_is_there(self.recipe):
-                log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
-                return {}
-            source = load_source(self.recipe, self.spec)
-            if not source.answers:
-                return {}
+        if self.compared is not None:
+            return self.compared
+        self.compared = {}
+        if self.recipe.model.convert_from is None:
+            return {}
+        if not source_is_there(self.recipe):
+            log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
+            return {}
+        source = load_source(self.recipe, self.spec)
+        if source.answers:
             self.compared = {"source": source.model, "replaced": untrained(self.recipe, self.spec, source.model)}
         return self.compared
 
