@@ -26,7 +26,7 @@ from core.attention.kernels.step import decay_step, is_step
 
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `core.attention.blocked.scan.scan("decay", ...)`."""
-    if state is not None and is_step(q, k, v, state) and not (torch.is_grad_enabled() and g.requires_grad):
+    if state is not None and is_step(q, k, v, state, g):
         return decay_step(q, k, v, g, state)
     return decay_forward(q, k, v, g, state)
 

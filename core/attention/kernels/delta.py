@@ -55,8 +55,7 @@ GPU."""
 
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None = None):
     """As `core.attention.blocked.scan.scan("delta", ...)` or, with a gate per feature, "vector_delta"."""
-    learns = torch.is_grad_enabled() and (g.requires_grad or beta.requires_grad)
-    if state is not None and is_step(q, k, v, state) and not learns:
+    if state is not None and is_step(q, k, v, state, g, beta):
         return delta_step(q, k, v, g, beta, state)
     return delta_forward(q, k, v, g, beta, state)[:2]
 

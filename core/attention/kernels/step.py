@@ -154,8 +154,8 @@ alone(decay_step, _shapes)
 alone(delta_step, _shapes)
 
 
-def is_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> bool:
-    """Whether this is a single new token after a state, and nobody asks for a gradient."""
+def is_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *others: Tensor) -> bool:
+    """Whether this is a single new token after a state, and nobody asks for a gradient of these or of `others`."""
     if state is None or q.shape[2] != 1 or k.shape[2] != 1:
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state, *others)))

@@ -246,6 +246,12 @@ def resume(
     tail_of: what phi acts on, from keys; applied to each key when it leaves.
     """
     backend = resolve("hybrid", backend, q.device.type, q.dtype, ("state", *_needs(q, v, tail_q, phi))).name
+    if backend == "triton":
+        from core.attention.kernels.hybrid_entry import stepped
+
+        one = stepped(q, k, v, tail_q, tail_of, state, window, phi, gate, key_mask, slopes, scale, rotary)
+        if one is not None:
+            return one
     leaving = k.shape[2]  # as many as come
     ring = extend_ring(state, k, v, key_mask)
     if rotary is not None:
@@ -389,11 +395,5 @@ class HybridAttention(Variant):
 
     def _parts(self, q: Tensor, slopes: Tensor | None, backend: str) -> dict:
         scale = q.shape[-1] ** -0.5
-        return {
-            "window": self.window,
-            "phi": self.map,
-            "gate": self.gate,
-            "slopes": slopes,
-            "scale": scale,
-            "backend": backend,
-        }
+        own = {"window": self.window, "phi": self.map, "gate": self.gate}
+        return {**own, "slopes": slopes, "scale": scale, "backend": backend}
