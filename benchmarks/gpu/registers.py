@@ -23,10 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, step, window, window2d
+from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, ring_step, step, window, window2d
 
 ARCHES = {80: "ampere", 90: "hopper"}
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "bool": "u8", "int32": "i32"}
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "bool": "u8"}
+TYPES |= {"int32": "i32", "int64": "i64"}
 LENGTH, HEADS, KEY_HEADS = 4096, 8, 4
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -87,6 +88,18 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         raw(step.linear_step, *one, mask[:, :1], None, sums, None, "elu", True)
         raw(step.delta_step, *one, rates[:, :, :1], rates[:, :, :1], end)
 
+    def by_ring(hybrid: bool, turned: bool = False, phi: str = "elu", narrow: int = width):
+        ring = made(1, KEY_HEADS, 128, width), made(1, KEY_HEADS, 128, width), made(1, 128, dtype=torch.bool)
+        if not hybrid:
+            raw(ring_step.window_step, *one, mask[:, :1], None, *ring, 0.1)
+            return
+        tails = made(1, HEADS, 1, narrow), made(1, KEY_HEADS, 1, narrow)
+        features = linear.phi_named(phi).width(narrow)
+        states = made(1, KEY_HEADS, features, width + 1, dtype=torch.float32), made(1, dtype=torch.float32)
+        at = (made(1, 1, dtype=torch.int64),) * 2 if turned else (None, None)
+        given = *tails, mask[:, :1], made(HEADS, dtype=torch.float32), None, None, *ring, *states, *at
+        raw(ring_step.hybrid_step, *one, *given, phi, 0.1, 1e4, False, turned)
+
     return {
         "linear past": lambda: by_linear("past"),
         "linear both": lambda: by_linear("both"),
@@ -102,6 +115,10 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         "hybrid causal, rotary": lambda: by_hybrid(True, turned=True),
         "hybrid causal, taylor 16": lambda: by_hybrid(True, "taylor", 16),
         "step": by_step,
+        "window step": lambda: by_ring(False),
+        "hybrid step": lambda: by_ring(True),
+        "hybrid step, rotary": lambda: by_ring(True, turned=True),
+        "hybrid step, taylor 16": lambda: by_ring(True, phi="taylor", narrow=16),
     }
 
 

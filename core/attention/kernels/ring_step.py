@@ -241,7 +241,7 @@ def _launch(q, k, v, key_mask, slopes, keys, values, mask, window: int, scale: f
                 *a.stride()[:2], *c.stride()[:2], 0 if key_mask is None else key_mask.stride(0),
                 _stride(given.at_q), _stride(given.at_k), states, states // kept, group, size, window, tiles, scale,
                 floor, D=width, G=a.shape[3], E=columns, DH=half, FH=padded((flags["F"] + 1) // 2), BE=tile,
-                BN=32 if half <= 64 else 16, GP=triton.next_power_of_2(group), TAIL=tail is not None,
+                BN=32 if half <= 32 else 16, GP=triton.next_power_of_2(group), TAIL=tail is not None,
                 MASK=key_mask is not None, LEVEL=given.level is not None, ALIBI=slopes is not None,
                 ROTARY=given.at_q is not None, **flags, num_warps=4,
             )  # fmt: skip

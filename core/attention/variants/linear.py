@@ -254,9 +254,9 @@ if kernels.PRESENT:
 def counted(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
     """Keys summed so far, [B]."""
     if key_mask is None:
-        new = torch.full((k.shape[0],), k.shape[2], dtype=accumulator(q.dtype), device=k.device)
-    else:
-        new = key_mask.sum(-1, dtype=accumulator(q.dtype))
+        first = torch.zeros(k.shape[0], dtype=accumulator(q.dtype), device=k.device) if before is None else before
+        return first + k.shape[2]
+    new = key_mask.sum(-1, dtype=accumulator(q.dtype))
     return new if before is None else new + before
 
 
