@@ -48,7 +48,7 @@ def stepped(
     """A single new token after a state by one launch; None if these are more, or somebody asks for a gradient.
 
     Beside the launch torch projects the tails of maps that have a projection, and makes features that are not the
-    kernels' own; elu, relu and silu of the heads themselves are made in the kernel, also with rotary positions.
+    kernels' own; elu and relu of the heads themselves are made in the kernel, also with rotary positions.
     """
     keys, values, mask = (state[name] for name in ("keys", "values", "mask"))
     if not is_step(q, k, v, state["sum"], keys, values, gate, tail_q):

@@ -25,7 +25,7 @@ Serves, under the backend `triton`, one new token after a state without gradient
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -216,7 +216,7 @@ def _stride(at: Tensor | None) -> int:
     return 0 if at is None or at.dim() == 1 or at.shape[0] == 1 else at.stride(0)
 
 
-def _launch(q, k, v, key_mask, slopes, keys, values, mask, window: int, scale: float, tail: _Tail | None):
+def _launch(q, k, v, key_mask, slopes, keys, values, mask, window: int, scale: float, tail: _Tail | None) -> Any:
     """The results of `hybrid_step`; without a tail the first five are those of `window_step`."""
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     keys, values, mask = (x.contiguous() for x in (keys, values, mask))

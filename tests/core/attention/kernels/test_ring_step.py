@@ -173,9 +173,15 @@ def test_a_layer_decodes_in_one_graph(device):
 
 
 class Launches(TorchDispatchMode):
-    """Adds to the kernels that are launched torch's own operators, but for those that make views or reserve memory."""
+    """Adds to the kernels that are launched torch's own operators, but for those that run nothing on a device."""
 
-    FREE = ("aten::empty", "aten::empty_like", "aten::detach", "aten::fill_")  # the last is the poison's
+    FREE = (
+        "aten::empty",
+        "aten::empty_like",
+        "aten::detach",
+        "aten::promote_types",
+        "aten::fill_",
+    )  # fill_: the poison
 
     def __init__(self, launched):
         super().__init__()
