@@ -36,7 +36,7 @@ from core.attention.blocked.pairs import alone
 from core.attention.feature_maps import feature_map as phi_named
 from core.attention.kernels.features import features
 from core.attention.kernels.launch import on, padded, rows_contiguous
-from core.attention.kernels.step import VALUES
+from core.attention.kernels.step import VALUES, frequencies, position_stride
 
 LOW = tl.constexpr(1.1754943508222875e-38)
 
@@ -48,12 +48,6 @@ def halves(c, N: tl.constexpr, INTERLEAVED: tl.constexpr):
     first = 2 * c if INTERLEAVED else c
     second = 2 * c + 1 if INTERLEAVED else c + half
     return tl.where(c < half, first, N), tl.where(c < half, second, N)
-
-
-@triton.jit
-def frequencies(c, N: tl.constexpr, LOG_BASE: tl.constexpr):
-    """base^(-2c / N) in float32, by way of float64: a rounded exponent would turn far positions by another angle."""
-    return tl.exp2(c.to(tl.float64) * (-2 * LOG_BASE / N)).to(tl.float32)
 
 
 @triton.jit
@@ -212,10 +206,6 @@ class _Tail(NamedTuple):
     flags: dict
 
 
-def _stride(at: Tensor | None) -> int:
-    return 0 if at is None or at.dim() == 1 or at.shape[0] == 1 else at.stride(0)
-
-
 def _launch(q, k, v, key_mask, slopes, keys, values, mask, window: int, scale: float, tail: _Tail | None) -> Any:
     """The results of `hybrid_step`; without a tail the first five are those of `window_step`."""
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
@@ -239,8 +229,8 @@ def _launch(q, k, v, key_mask, slopes, keys, values, mask, window: int, scale: f
                 q, k, v, a, c, *bits, keys, values, mask.view(torch.uint8), given.state, given.count, *at,
                 *made[:4], made[4].view(torch.uint8), end, count, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
                 *a.stride()[:2], *c.stride()[:2], 0 if key_mask is None else key_mask.stride(0),
-                _stride(given.at_q), _stride(given.at_k), states, states // kept, group, size, window, tiles, scale,
-                floor, D=width, G=a.shape[3], E=columns, DH=half, FH=padded((flags["F"] + 1) // 2), BE=tile,
+                *map(position_stride, (given.at_q, given.at_k)), states, states // kept, group, size, window, tiles,
+                scale, floor, D=width, G=a.shape[3], E=columns, DH=half, FH=padded((flags["F"] + 1) // 2), BE=tile,
                 BN=32 if half <= 32 else 16, GP=triton.next_power_of_2(group), TAIL=tail is not None,
                 MASK=key_mask is not None, LEVEL=given.level is not None, ALIBI=slopes is not None,
                 ROTARY=given.at_q is not None, **flags, num_warps=4,

@@ -185,8 +185,13 @@ def sums(
     run = resolve("linear", backend, q.device.type, q.dtype, needs).run
     run = run if pack is None else partial(run, pack=pack)
     before = (None, None) if state is None else (state["sum"], state["count"])
-    if rotary is None:
-        attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
+    one = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before) if rotary is None else None
+    if rotary is not None and run is _triton and (direction, offset, normalize) == ("past", 0, True):
+        from core.attention.kernels.linear_entry import turned_step
+
+        one = turned_step(q, k, v, phi, key_mask, slopes, rotary, *before)
+    if one is not None:
+        attended, total = one
         return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
     acc = accumulator(v.dtype)
     fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)

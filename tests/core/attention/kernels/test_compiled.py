@@ -79,6 +79,7 @@ for D, F, FP, name in MAPS:
     tile = min(blocks.values, 128)
     flags = {"ONES": True, "MASK": True, "NORMALIZE": True, "CAUSAL": True, "STATE": True, "KEEP": True}
     flags |= {"FLOOR": True, "MASS": True, "COUNT": True, "REVERSE": False, "DECAY": "constant", "DELTA": False}
+    flags |= {"TURN": name != "taylor", "INTERLEAVED": False, "LOG_BASE": 13.25}
     shape = {"D": D, "F": F, "E": 128, "FP": FP, "DP": max(16, D), "BE": tile, "EP": 128, "MAP": name}
     flags |= {"PACK": True, "MASK": False, "KEEP": False} if pack else {"PACK": False}
     for kernel in LINEAR[: 5 if pack else 6]:
@@ -107,6 +108,7 @@ for module, kernels in ((gated, GATED), (delta, DELTA)):
             found.append((kernel.__name__, width, build(kernel, element, arch, blocks, constants)))
 constants = {"D": 64, "F": 64, "E": 64, "FP": 64, "BE": 32, "MAP": "identity", "DECAY": "vector", "ONES": False}
 constants |= {"MASK": False, "COUNT": False, "NORMALIZE": False, "DELTA": True}
+constants |= {"TURN": False, "INTERLEAVED": False, "LOG_BASE": 0.0}
 found.append(("delta step", 64, build(step._step, element, arch, step_blocks, constants)))
 for width, pack in ((64, False), (hybrid.WIDEST, False), (64, True)):
     key = names[arch], width, size

@@ -1,4 +1,4 @@
-"""The step of a window and of a hybrid is one launch that equals the parts run apart, token by token."""
+"""A decoding step is one launch that equals its parts run apart, token by token: rings, and turned features."""
 
 import pytest
 import torch
@@ -67,9 +67,12 @@ CASES = {
     "window": {"name": "window", "masked": True},
     "window, alibi": {"name": "window", "positions": "alibi"},
     "window of one": {"name": "window", "window": 1},
+    "linear, rotary, masked": {"name": "linear", "feature_map": "relu", "positions": "rope", "masked": True},
 }
 MORE = {
     "relu, rotary": {"feature_map": "relu", "positions": "rope"},
+    "linear hedgehog, rotary": {"name": "linear", "feature_map": "hedgehog", "positions": "rope"},
+    "linear dpfp, rotary": {"name": "linear", "feature_map": "dpfp", "positions": "rope"},
     "favor": {"feature_map": "favor", "features": 8},
     "dpfp": {"feature_map": "dpfp"},
     "one key head": {"feature_map": "elu", "heads": Heads(6, 1, 5, 3), "masked": True},
@@ -83,7 +86,10 @@ MORE = {
 def test_a_step_equals_its_parts(case, device, launched):
     options = {"name": "hybrid", "window": 3, "heads": Heads(4, 2, 6, 37), **(CASES | MORE)[case]}
     masked, positions, heads = options.pop("masked", False), options.pop("positions", None), options.pop("heads")
-    variant = build(options.pop("name"), heads, **options).to(device).requires_grad_(False)
+    name = options.pop("name")
+    if name == "linear":
+        options.pop("window")
+    variant = build(name, heads, **options).to(device).requires_grad_(False)
     for gate in variant.parameters(recurse=False):
         gate += torch.linspace(-1, 1, heads.query, device=device)
     given = {"mask": holed(device) if masked else None}
@@ -91,7 +97,7 @@ def test_a_step_equals_its_parts(case, device, launched):
     given["slopes"] = alibi_slopes(heads.query).to(device) if positions == "alibi" else None
     parts = tokens(6 + STEPS, heads, device)
     got = decoded(variant, parts, backend="triton", dtype=torch.float32, **given)
-    assert launched == ["_ring_step"] * STEPS
+    assert launched == ["_step" if name == "linear" else "_ring_step"] * STEPS
     agree(got, decoded(variant, parts, backend="torch", dtype=torch.float64, **given), rtol=2e-5, atol=2e-5)
 
 
@@ -211,19 +217,20 @@ def one_token(kind, device):
         gates += [torch.rand(2, 2, 1, device=device)] if "delta" in kind else []
         state, run = torch.zeros(2, 2, 6, 5, device=device), resolve(kind, "triton", device, q.dtype, ("state",)).run
         return lambda: run(kind, q, k, v, *gates, state=state)
-    variant = build(kind, heads, **({} if kind == "linear" else {"window": 3})).to(device).requires_grad_(False)
+    name, turned = kind.split()[0], kind.endswith("rotary")
+    variant = build(name, heads, **({} if name == "linear" else {"window": 3})).to(device).requires_grad_(False)
     at, state = Rotation(torch.tensor([9], device=device)), variant.init_state(2, device=device)
-    return lambda: variant.resume(q, k, v, state, backend="triton", rotary=(at, at) if kind == "hybrid" else None)
+    return lambda: variant.resume(q, k, v, state, backend="triton", rotary=(at, at) if turned else None)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "window", "linear", *SCANS])
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid rotary", "window", "linear", "linear rotary", *SCANS])
 def test_a_step_is_one_launch(kind, device, launched):
     run = one_token(kind, device)
     with Launches(launched), torch.no_grad():
         run()
-    if kind == "linear":  # the number of keys, [batch], is added by torch
+    if kind.startswith("linear"):  # the number of keys, [batch], is added by torch
         assert launched.pop() == "aten::add"
-    assert launched == ["_ring_step" if kind in ("hybrid", "window") else "_step"]
+    assert launched == ["_ring_step" if kind.split()[0] in ("hybrid", "window") else "_step"]
 
 
 STATES = ["linear", "window", "hybrid", "retnet", "lightning", "ssd", "gla", "rwkv6", "delta", "gated_delta", "kda"]
