@@ -110,8 +110,11 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         chunks.solve(None)
         chunks.gradient(q, wide, end)
 
-    def by_step():
-        raw(step.linear_step, *one, mask[:, :1], None, sums, None, "elu", True)
+    def by_step(turned: bool = False):
+        at = (made(1, 1, dtype=torch.int64),) * 2 if turned else ()
+        raw(step.linear_step, *one, mask[:, :1], None, sums, None, "elu", True, *at)
+        if turned:
+            return
         raw(step.delta_step, *one, rates[:, :, :1], rates[:, :, :1], end)
 
     def by_ring(hybrid: bool, turned: bool = False, phi: str = "elu", narrow: int = width):
@@ -146,6 +149,7 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         "hybrid causal, taylor 16": lambda: by_hybrid(True, "taylor", 16),
         "hybrid causal, packs": by_hybrid_packs,
         "step": by_step,
+        "step, rotary": lambda: by_step(turned=True),
         "window step": lambda: by_ring(False),
         "hybrid step": lambda: by_ring(True),
         "hybrid step, rotary": lambda: by_ring(True, turned=True),

@@ -64,11 +64,8 @@ def stepped(
             turns = rotary[0], rotary[1].extended(window).first(1)
     a, c, phi, turns, level = featured(tail_q, tail_of(keys[:, :, :1]), phi, turns)
     if phi.name not in MAPS:
-        a, c, phi = (
-            phi.features(a.float()),
-            phi.features(c.float()),
-            FEATURE_MAPS["given_floored" if phi.floor else "given"],
-        )
+        a, c = phi.features(a.float()), phi.features(c.float())
+        phi = FEATURE_MAPS["given_floored" if phi.floor else "given"]
     if not is_step(a, c, v, state["sum"]) or (turns is not None and phi.width(a.shape[3]) % 2):
         return None
     at = (None, None) if rotary is None else (rotary[0].coordinates, rotary[1].coordinates)

@@ -218,6 +218,7 @@ def _launch(q, k, v, key_mask, slopes, keys, values, mask, window: int, scale: f
     end, count = (x if tail is None else torch.empty_like(x) for x in (given.state, given.count))
     group, tile = heads // states, min(VALUES, padded(columns))
     tiles, half = max(1, -(-columns // tile)), padded((width + 1) // 2)
+    block = 32 if half <= 32 else 16  # keys; 32 of 128 numbers take 217 registers with rotary positions, 16 take 111
     flags = {"INTERLEAVED": False, "floor": 0.0, **given.flags}
     floor = flags.pop("floor")
     optional = (key_mask, given.gate, given.level, slopes)
@@ -231,7 +232,7 @@ def _launch(q, k, v, key_mask, slopes, keys, values, mask, window: int, scale: f
                 *a.stride()[:2], *c.stride()[:2], 0 if key_mask is None else key_mask.stride(0),
                 *map(position_stride, (given.at_q, given.at_k)), states, states // kept, group, size, window, tiles,
                 scale, floor, D=width, G=a.shape[3], E=columns, DH=half, FH=padded((flags["F"] + 1) // 2), BE=tile,
-                BN=32 if half <= 32 else 16, GP=triton.next_power_of_2(group), TAIL=tail is not None,
+                BN=block, GP=triton.next_power_of_2(group), TAIL=tail is not None,
                 MASK=key_mask is not None, LEVEL=given.level is not None, ALIBI=slopes is not None,
                 ROTARY=given.at_q is not None, **flags, num_warps=4,
             )  # fmt: skip

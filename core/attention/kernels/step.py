@@ -46,7 +46,7 @@ def _turned(x, at, ok, position, f, D: tl.constexpr, F: tl.constexpr, MAP: tl.co
     half: tl.constexpr = F // 2
     first = f % 2 == 0 if INTERLEAVED else f < half
     pair = f // 2 if INTERLEAVED else tl.where(first, f, f - half)
-    away: tl.constexpr = 1 if INTERLEAVED else half
+    away = 1 if INTERLEAVED else half
     other = tl.where(f < F, tl.where(first, f + away, f - away), F)
     angle = position.to(tl.float32) * frequencies(pair, F, LOG_BASE)
     own, across = tl.sum(features(x, at, ok, f, D, F, MAP), 0), tl.sum(features(x, at, ok, other, D, F, MAP), 0)
