@@ -196,7 +196,7 @@ def _language(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
         return language_figures(nats, bases, prefix="masked_" if recipe.task == "masked" else "")
 
     if recipe.task == "masked":
-        sides = range(4 if alphabet.name == "dna" else 2)
+        sides = range(6 if alphabet.name == "dna" else 2)
         models = {side: Neighbours(codes["train"], side, alphabet) for side in sides}
         best = min(models, key=lambda side: figures(models[side].score, "val")["masked_nats_per_base"])
         return {"neighbours_0": figures(models[0].score), f"neighbours_{best}": figures(models[best].score)}

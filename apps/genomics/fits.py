@@ -9,6 +9,7 @@ from apps.genomics.alphabet import Alphabet
 from apps.genomics.items import Items
 from apps.genomics.labels import UNSCORED
 from apps.genomics.markov import Markov
+from apps.genomics.neighbours import Neighbours
 from apps.genomics.recipe import GenomicsRecipe
 from apps.genomics.words import shortcut_parts
 from core.training.errors import UserError
@@ -33,6 +34,8 @@ def fit_shortcut(
         both = recipe.model.strand != "none"
         tables = Markov(train.sequences, size, alphabet, both_strands=both).tables
         return {"kind": kind, "size": size, "weights": pack(np.concatenate(tables))}
+    if kind == "neighbours":
+        return {"kind": kind, "size": size, "weights": pack(gapped_table(recipe, alphabet, train, size))}
     if kind == "position" and spec["fixed"] is None:
         raise UserError("model.shortcut=position needs sequences of one length, and these differ; use kmer:4")
     strength = recipe.model.shortcut_strength
@@ -48,6 +51,23 @@ def fit_shortcut(
         else:
             weights, bias = linear.fit_numbers(x, scaled(y, recipe, spec), strength or 1.0)
     return {"kind": kind, "size": size, "weights": pack(weights), "bias": pack(bias)}
+
+
+def gapped_table(recipe: GenomicsRecipe, alphabet: Alphabet, train: Items, side: int) -> np.ndarray:
+    """Log-probabilities of the letter between neighbours of which any may be unknown, as beside a mask.
+
+    Returns:
+        [(atoms + 1)^(2 side), atoms]. Digits of a row, highest first: the left letters from far to near, then
+        the right ones likewise; the digit `atoms` is unknown.
+    """
+    sequences = list(train.sequences)
+    if recipe.model.strand != "none":
+        sequences += [alphabet.reverse_complement(one) for one in sequences]
+    counts = Neighbours(sequences, side, alphabet).counts
+    for axis in range(2 * side):
+        counts = np.concatenate([counts, counts.sum(axis, keepdims=True)], axis)
+    table = counts.reshape(-1, len(alphabet.atoms)) + 1
+    return np.log(table / table.sum(-1, keepdims=True))
 
 
 def scaled(y: np.ndarray, recipe: GenomicsRecipe, spec: dict[str, Any]) -> np.ndarray:

@@ -38,7 +38,7 @@ class ModelSection(Section):
     """How a sequence becomes one vector; flat keeps every position apart and needs sequences of one length."""
     shortcut: str = "none"
     """Add a linear model, started at its closed-form or logistic fit: position (letters of sequences of one length),
-    kmer:4 (counts), window:17 (neighbours of a base), markov:6 (language models)."""
+    kmer:4 (counts), window:17 (neighbours of a base), markov:6 (causal models), neighbours:3 (masked models)."""
     shortcut_strength: float | None = Field(None, gt=0)
     """Ridge or inverse logistic strength of that fit; null: that of the floor."""
     scaled: bool = True
@@ -141,13 +141,13 @@ class GenomicsRecipe(Recipe):
         if language and model.strand != "none" and data.tokens != "char":
             raise ValueError(f"model.strand={model.strand} with task={self.task} needs data.tokens=char")
         kind, _ = shortcut_parts(model.shortcut)
-        fits = {"none": True, "window": per_base, "markov": self.task == "causal"}
+        fits = {"none": True, "window": per_base, "markov": self.task == "causal", "neighbours": self.task == "masked"}
         if not fits.get(kind, not (per_base or language)):
             raise ValueError(f"model.shortcut={model.shortcut} does not go with task={self.task}")
-        if kind in ("markov", "kmer", "position", "window") and data.tokens != "char":
+        if kind != "none" and data.tokens != "char":
             raise ValueError(f"model.shortcut={model.shortcut} reads letters and needs data.tokens=char")
-        if self.task == "causal" and model.shortcut.startswith("markov") and data.alphabet == "protein":
-            raise ValueError("model.shortcut=markov is for DNA")
+        if kind in ("markov", "neighbours") and data.alphabet == "protein":
+            raise ValueError(f"model.shortcut={kind} is for DNA")
         if data.features is not None and self.task != "tokens":
             raise ValueError(f"data.features are labels per base: say task=tokens, the task is {self.task}")
         if data.packing and self.backbone.mlp == "mix":

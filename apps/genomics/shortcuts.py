@@ -4,6 +4,7 @@
     kmer       the shares of k-mers
     window     the letters around a base
     markov     what the last letters say of the next one
+    neighbours what the letters on both sides say of the one between
 
 Each gives logits or values [B, K], or [B, N, K] per token, to be added to those of the head.
 """
@@ -121,6 +122,28 @@ class MarkovShortcut(Shortcut):
         return nn.functional.embedding(row, self.weight)
 
 
+class NeighbourShortcut(Shortcut):
+    """A table [contexts, atoms] of log-probabilities for `side` letters on either side.
+
+    A neighbour that is masked, ambiguous or not there is a letter of its own, unknown. The letter between is not read.
+    """
+
+    def __init__(self, composition: Tensor, weights: Tensor, side: int):
+        super().__init__(composition, weights)
+        self.side = side
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, N, atoms]."""
+        unknown = self.atoms
+        known = torch.where(mask, ids, unknown).clamp(max=unknown)
+        known = nn.functional.pad(known, (self.side, self.side), value=unknown)
+        row = torch.zeros_like(ids)
+        # In the order in which they were counted: from far to near on the left, then on the right.
+        for at in (*range(self.side), *range(2 * self.side, self.side, -1)):
+            row = row * (unknown + 1) + known[:, at : at + ids.shape[1]]
+        return nn.functional.embedding(row, self.weight)
+
+
 def build_shortcut(spec: dict[str, Any], outputs: int) -> Shortcut | None:
     """The shortcut that `build_data` fitted, if the recipe wants one."""
     fitted = spec.get("shortcut")
@@ -132,6 +155,8 @@ def build_shortcut(spec: dict[str, Any], outputs: int) -> Shortcut | None:
         raise ValueError(f"the shortcut has {weights.shape[1]} answers, the model {outputs}")
     if fitted["kind"] == "markov":
         return MarkovShortcut(composition, weights, size)
+    if fitted["kind"] == "neighbours":
+        return NeighbourShortcut(composition, weights, size)
     bias = unpack(fitted["bias"])
     if fitted["kind"] == "position":
         return PositionShortcut(composition, weights, bias)

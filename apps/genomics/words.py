@@ -4,7 +4,7 @@ import re
 
 from core.attention.registry import nearest
 
-SHORTCUTS = {"kmer": (1, 6), "window": (3, 65), "markov": (1, 8)}
+SHORTCUTS = {"kmer": (1, 6), "window": (3, 65), "markov": (1, 8), "neighbours": (1, 4)}
 """Shortcuts that have a size, and its bounds."""
 
 
@@ -45,7 +45,7 @@ def shortcut_parts(text: str) -> tuple[str, int]:
         return text, 0
     kind, colon, size = text.partition(":")
     if kind not in SHORTCUTS:
-        known = ("none", "position", "kmer:4", "window:17", "markov:6")
+        known = ("none", "position", "kmer:4", "window:17", "markov:6", "neighbours:3")
         raise ValueError(f"unknown shortcut {text!r}{nearest(text, known)}; known: {', '.join(known)}")
     low, high = SHORTCUTS[kind]
     if not colon or not size.isdigit() or not low <= int(size) <= high or (kind == "window" and int(size) % 2 == 0):
