@@ -213,7 +213,7 @@ def draw_costs(path: Path, result: Mapping[str, Any]) -> Path:
     """
     rows = result["rows"]
     labels = list(dict.fromkeys(row["attention"] for row in rows))
-    columns = 2 if max(map(len, labels)) < 24 else 1
+    columns = 2 if max(map(len, labels)) < 40 else 1
     with canvas(path, 9.4, 3.9 + 0.2 * -(-len(labels) // columns)) as figure:
         panels = figure.subplots(1, 2)
         for axes, key, title in zip(panels, ("ms", "peak_mb"), ("milliseconds per pass", "peak MB of a pass")):

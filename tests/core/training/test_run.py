@@ -123,10 +123,10 @@ def test_a_mistake_that_training_finds_at_its_start_leaves_the_name_free(toy, mo
     def refuse(self, stage):
         raise UserError("the weights do not fit")
 
-    monkeypatch.setattr(Task, "setup", refuse)
-    with pytest.raises(UserError, match="the weights do not fit"):
-        fit("toy/demo", run_dir="again", quiet=True)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "setup", refuse)
+        with pytest.raises(UserError, match="the weights do not fit"):
+            fit("toy/demo", run_dir="again", quiet=True)
     assert fit("toy/demo", run_dir="again", quiet=True, overrides=["trainer.epochs=1"]).status == "ok"
 
 
