@@ -314,6 +314,9 @@ def _without_images(path: Path, options: DataSection) -> list[str]:
     """Folders beside those of the classes that hold no image: forgotten ones, or images of another form."""
     places = {options.images.strip("/").replace("PART", part) for part in PARTS} if options.images else {""}
     tops = [top for place in places if (path / place).is_dir() for top in (path / place).iterdir() if top.is_dir()]
+    parts = [top for top in tops if _alias(top.name.lower()) is not None]
+    if any(_alias(top.name.lower()) == "train" for top in parts):  # split folders: classes are one below
+        tops = [below for top in parts for below in top.iterdir() if below.is_dir()]
     found = []
     for top in sorted(tops):
         if top.name[0] == "." or Store(top).names():

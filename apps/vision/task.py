@@ -261,10 +261,13 @@ class VisionTask(Task):
             costs = {size: measured_at(self.model, channels, size) for size in sizes_of_test(self.recipe)}
         files = write_results(run_dir, self.spec, self.recipe, self.tested, self.kept, costs)
         if self.first is not None:
-            try:
+            try:  # on the CPU, where rows are tested and gradients of one image find room
+                self.model.cpu()
                 files.append(draw_strip(run_dir / "inside.png", self.model, self.first))
-            except torch.OutOfMemoryError as error:  # gradients of one image need more than its forward pass
+            except RuntimeError as error:  # the figures of a long run are worth more
                 log.warning("no inside.png: %s", str(error).splitlines()[0])
+            finally:
+                self.model.to(self.device)
         return files
 
     def _score(self, name: str, model: VisionModel, x: Tensor, real: Tensor | None, batch: dict[str, Any]) -> Tensor:

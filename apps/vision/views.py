@@ -20,7 +20,7 @@ PLACES = ((1 / 2, 1 / 2), (1 / 6, 1 / 6), (1 / 6, 5 / 6), (5 / 6, 1 / 6), (5 / 6
 class Seen(NamedTuple):
     """An image as a model sees it.
 
-    shown: uint8 [C, H, W] at the model's size.   x: the same, normalised, [1, C, H, W], on the model's device.
+    shown: uint8 [C, H, W] at the model's size.   x: the same, normalised, [1, C, H, W].
     real: [1, 2] rows and columns that are no border; None: all.
     grid: rows and columns of its tokens.   first: how many tokens stand before the grid.
     """
@@ -56,11 +56,12 @@ class Rows(NamedTuple):
 def look_at(model: VisionModel, shown: Tensor, x: Tensor, real: Tensor | None = None) -> Seen:
     """An image uint8 [C, H, W] at a size that the model takes, and the same normalised, [1, C, H, W].
 
-    real: [1, 2], its rows and columns that are no border; None: all.
+    real: [1, 2], its rows and columns that are no border; None: all. What is given may be on the model's device; what
+    comes is on the CPU, where the model has to be for `rows_of` and `receptive_field`.
     """
     with torch.no_grad():
         features = model.backbone(x, real)
-    return Seen(shown.cpu(), x, real, features.grid, features.prefix.shape[1])
+    return Seen(shown.cpu(), x.cpu(), None if real is None else real.cpu(), features.grid, features.prefix.shape[1])
 
 
 def rows_of(model: VisionModel, image: Seen, queries: Sequence[tuple[int, int]], *, special: bool) -> list[Rows]:

@@ -102,6 +102,13 @@ def test_folders_and_classes_without_images_are_said(photos, caplog):
     assert "no training image shows green, so nothing can be learned of it" in caplog.text
     assert "no image for test: data.test_share=0.1 of each class is less than half an image" in caplog.text
     assert "no image for val" not in caplog.text
+    (photos / "green").rmdir()
+    for part in ("train", "val"):
+        (photos.parent / "split" / part).mkdir(parents=True)
+        for name in ("red", "blue"):
+            (photos.parent / "split" / part / name).symlink_to(photos / name)
+    (photos.parent / "split" / "train" / "green").mkdir()
+    assert data_of(photos.parent / "split").summary["without_images"] == ["train/green (empty)"]
 
 
 def test_parts_without_training_images_are_told(photos):

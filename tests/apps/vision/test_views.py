@@ -148,6 +148,12 @@ def test_pictures_of_one_and_of_several_models(tmp_path):
     draw_attention(tmp_path / "all.png", models["linear"], images["linear"])
 
 
+def test_every_run_leaves_a_strip_of_its_first_test_image(classifier, segmenter):
+    for run in (classifier, segmenter):
+        with Image.open(run / "inside.png") as strip:
+            assert strip.size[0] > 3 * strip.size[1]
+
+
 def test_a_comparison_is_inspected_side_by_side(classifier, colours, tmp_path):
     folder = tmp_path / "compared"
     folder.mkdir()
