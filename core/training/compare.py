@@ -21,7 +21,7 @@ import yaml
 
 from core.training.errors import Interrupted, UserError
 from core.training.interrupt import Stop
-from core.training.ledger import Key, Plan, Run, append_run, read_plan, read_runs, replace_text, write_plan
+from core.training.ledger import Key, Plan, Run, append_run, read_plan, read_runs, replace_text, slug, write_plan
 from core.training.plan import attention_overrides, differing, flat, flow, make_plan
 from core.training.progress import Board
 from core.training.report import load_summary, report, write_report
@@ -166,7 +166,7 @@ def _freeze(folder: Path, plan: Plan) -> None:
 
 
 def _recipe_file(setting: Sequence[str], label: str) -> str:
-    return f"recipes/{_slug(' '.join([*setting, label]))}.yaml"
+    return f"recipes/{slug(' '.join([*setting, label]))}.yaml"
 
 
 def _is_done(run: Run | None) -> bool:
@@ -186,7 +186,7 @@ def _jobs(plan: Plan, keys: Sequence[Key], runs: dict[Key, Run]) -> Iterator[Job
             variant=label,
             seed=seed,
             overrides=(*plan.overrides, *setting, *attention_overrides(label), f"seed={seed}"),
-            run_dir="/".join([*([_slug(" ".join(setting))] if setting else []), _slug(label), f"seed-{seed}"]),
+            run_dir="/".join([*([slug(" ".join(setting))] if setting else []), slug(label), f"seed-{seed}"]),
             metric=plan.metric,
             setting=setting,
             floors=floors,
@@ -208,11 +208,6 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another compare is running in {folder}") from None
         yield
-
-
-def _slug(text: str) -> str:
-    """A folder name that says what is in it on any system."""
-    return "".join(letter if letter.isalnum() or letter in "=.-_" else "-" for letter in text)
 
 
 def _stamp() -> str:

@@ -186,6 +186,11 @@ def replace_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def slug(text: str) -> str:
+    """A folder name that says what is in it on any system."""
+    return "".join(letter if letter.isalnum() or letter in "=.-_" else "-" for letter in text)
+
+
 def _drop_torn_line(path: Path) -> None:
     if not path.is_file() or not (content := path.read_bytes()) or content.endswith(b"\n"):
         return

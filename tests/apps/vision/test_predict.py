@@ -123,24 +123,6 @@ def test_inspect_draws_attention_and_field_of_every_image(classifier, segmenter,
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
 
 
-def test_the_receptive_field_of_a_window_is_smaller_than_that_of_softmax(colours, tmp_path):
-    from apps.vision.inspect import receptive_field
-    from apps.vision.task import build_task
-    from core.training.recipe import load_recipe
-
-    spec = {"task": "classes", "classes": ["a", "b"], "counts": [1, 1], "size": [64, 64], "mean": [0.5] * 3}
-    spec |= {"std": [0.2] * 3, "reading": {}}
-    shares = {}
-    for attention in ("softmax", "window2d", "hybrid2d"):
-        torch.manual_seed(0)
-        given = [f"attention={attention}", "data.size=64", "model.patch=8", "model.stem=patch", "backbone.depth=1"]
-        more = ["attention.window=2"] if attention != "softmax" else []
-        task = build_task(load_recipe("vision/folder", [*given, *more]), spec).eval()
-        shares[attention] = (receptive_field(task, torch.randn(1, 3, 64, 64)) > 0).float().mean().item()
-    assert shares["softmax"] == shares["hybrid2d"] == 1.0
-    assert shares["window2d"] == 9 / 64
-
-
 def test_a_table_of_a_run_that_skips_broken_images_names_them(classifier, tmp_path):
     run = json.loads((classifier / "config.json").read_text())
     assert run["recipe"]["data"]["on_broken"] == "error"  # settings of reading are the run's; predict.* may change
