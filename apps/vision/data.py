@@ -289,7 +289,8 @@ def _summary(options: DataSection, parts, classes, spec, notes, task) -> dict[st
         how = "lists"
     else:
         drawn = f"drawn by class: {options.val_share} val, {options.test_share} test"
-        how = "folders or column" if options.part_column or "PART" in options.images else f"folders, else {drawn}"
+        given = "splits of the data set" if (options.path or "").startswith(HUB) else "folders"
+        how = "folders or column" if options.part_column or "PART" in options.images else f"{given}, else {drawn}"
     return {
         "source": "generated" if options.generated else options.path or options.file,
         "images": {part: len(images) for part, images in parts.items()},

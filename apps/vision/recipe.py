@@ -171,7 +171,8 @@ class ModelSection(Section):
     pretrained: str | None = None
     """Weights of another run of this app (folder, .ckpt, .safetensors) to start from; another head is new."""
     convert_from: str | None = None
-    """Run of this app whose attention is to be replaced: its weights, then distillation (section `distil`)."""
+    """Run of this app, or file of the timm model's own weights, whose attention is replaced: taken over, then distilled
+    (section `distil`)."""
     distil: DistilSection = Field(default_factory=DistilSection)
     """How the converted model learns from `convert_from`."""
     patch: int = Field(default=16, ge=1)

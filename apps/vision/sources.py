@@ -288,6 +288,8 @@ def _from_table(path: Path | str, options: DataSection, task: str) -> Found:
             if not part:
                 raise UserError(f"{row.where}: {options.part_column} is {given!r}; known: train, val, test")
         if task in ("segments", "values"):
+            if target is None:
+                raise UserError(f"{row.where}: {columns[1]} is empty")
             items.append(Item(str(name), image, mask=target, part=part, where=row.where))
             continue
         if task == "classes" and _is_nothing(target) and str(target) not in (options.classes or ()):

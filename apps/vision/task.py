@@ -77,7 +77,7 @@ class VisionTask(Task):
         sizes = [pair(size) for size in recipe.augment.sizes or []]
         self.sizes = [*sizes, pair(recipe.data.size)] if sizes and sizes[-1] != pair(recipe.data.size) else sizes
         self.distillation: list[Distillation] = []  # in a list, so that it is no part of the module
-        self.compared: dict[str, VisionModel] = {}
+        self.compared: dict[str, VisionModel] | None = None
         self.scores: dict[str, Any] = {}
         self.tested: dict[str, Any] = {}
         self.kept: list[Kept] = []
@@ -106,7 +106,7 @@ class VisionTask(Task):
             log.info("pretrained: %s", load_pretrained(self.model, options.pretrained, skip=skip))
         if options.convert_from is not None:
             source = load_source(self.recipe, self.spec)
-            new = take_over(self.model, source)
+            new = take_over(self.model, source.model)
             log.info("converted from %s; of the mechanisms' own: %s", options.convert_from, ", ".join(new) or "nothing")
             self.distillation = [Distillation(source, options.distil)]
 
@@ -134,10 +134,10 @@ class VisionTask(Task):
             loss, terms = set_loss(answer, target)
         else:
             loss, terms = self._supervised(answer, target), {}
-        if learned is None or not learned.options.weight:
+        if learned is None or not learned.weight:
             return loss, terms
         distance = learned.distance(answer, x, real, self.kind)
-        return loss + learned.options.weight * distance, {"task_loss": loss, "distance": distance}
+        return loss + learned.weight * distance, {"task_loss": loss, "distance": distance}
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(normalised images, real rows and columns where some have a border)."""
@@ -301,12 +301,17 @@ class VisionTask(Task):
 
     def _others(self) -> dict[str, VisionModel]:
         """The source of a conversion and the model right after the replacement, while the source is there."""
-        if self.recipe.model.convert_from is not None and not self.compared:
-            if not source_is_there(self.recipe):
-                log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
-                return {}
-            source = load_source(self.recipe, self.spec)
-            self.compared = {"source": source, "replaced": untrained(self.recipe, self.spec, source)}
+        if self.compared is not None:
+            return self.compared
+        self.compared = {}
+        if self.recipe.model.convert_from is None:
+            return {}
+        if not source_is_there(self.recipe):
+            log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
+            return {}
+        source = load_source(self.recipe, self.spec)
+        if source.answers:
+            self.compared = {"source": source.model, "replaced": untrained(self.recipe, self.spec, source.model)}
         return self.compared
 
     def _keep(self, batch: dict[str, Any], answer: Any) -> None:

@@ -193,7 +193,7 @@ class Keeper(Checkpoint):
         self.stage = "epoch"
         self._save(trainer, best=improved)
         if trainer.is_global_zero:
-            self.folder.add_row(row, first=len(self.rows) == 1)
+            self.folder.add_row(self.rows)
         log.info("%s", _epoch_line(row, self.recipe.trainer.epochs, best=improved))
         if self.finished:
             trainer.should_stop = True

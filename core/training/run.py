@@ -130,15 +130,23 @@ class RunFolder:
             self.rows.unlink(missing_ok=True)
             return
 
+        columns = _columns(rows)
+
         def write(file: Any) -> None:
-            file.write(_csv_line(list(rows[0])) + b"".join(_csv_line(list(row.values())) for row in rows))
+            file.write(
+                _csv_line(columns) + b"".join(_csv_line([row.get(name, "") for name in columns]) for row in rows)
+            )
 
         write_atomically(self.rows, write)
 
-    def add_row(self, row: dict[str, Any], *, first: bool) -> None:
-        """One epoch more in metrics.csv."""
-        with self.rows.open("wb" if first else "ab") as file:
-            file.write((_csv_line(list(row)) if first else b"") + _csv_line(list(row.values())))
+    def add_row(self, rows: list[dict[str, Any]]) -> None:
+        """One epoch more in metrics.csv, the last of `rows`; one that brings new columns has the file written anew."""
+        columns = _columns(rows[:-1])
+        if not columns or not set(rows[-1]) <= set(columns):
+            self.write_rows(rows)
+            return
+        with self.rows.open("ab") as file:
+            file.write(_csv_line([rows[-1].get(name, "") for name in columns]))
 
 
 def _harmless(key: str) -> bool:
@@ -152,6 +160,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """The names that the rows have, in the order in which they appear: a loss may change its terms on the way."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _csv_line(values: list[Any]) -> bytes:
