@@ -5,6 +5,7 @@ metrics.json      {"val", "test", "floors", "cost"}, written last: a run that ha
 metrics.csv       a row per epoch               model.safetensors, config.json   weights for use in Python
 environment.json  versions, machine, command    data.json                        what the data part reported
 log.txt           what happened                 failure.json                     why a run ended early
+metrics-unfinished.json   as metrics.json, from `longspan test` of a run whose training is not over
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from torch import nn
 
 from core.attention.measurement import processor
 from core.training.app import App, get_app
-from core.training.checkpoint import newest_checkpoint, read_checkpoint, write_atomically
+from core.training.checkpoint import UnreadableCheckpoint, newest_checkpoint, read_checkpoint, write_atomically
 from core.training.errors import UserError
 from core.training.recipe import Recipe, build_recipe, dump
 from core.training.task import Task
@@ -64,6 +65,7 @@ class RunFolder:
         self.path = path
         self.recipe, self.log = path / "recipe.yaml", path / "log.txt"
         self.metrics, self.rows = path / "metrics.json", path / "metrics.csv"
+        self.unfinished = path / "metrics-unfinished.json"
         self.environment, self.data, self.failure = path / "environment.json", path / "data.json", path / "failure.json"
         self.weights, self.config = path / "model.safetensors", path / "config.json"
         self.checkpoints = path / "checkpoints"
@@ -245,10 +247,12 @@ def restore_weights(task: Task, checkpoint: dict[str, Any]) -> None:
 
 
 def run_checkpoint(run: str | Path) -> tuple[Path, Path, dict[str, Any]]:
-    """Folder, checkpoint file and content for a run folder (its best, else newest checkpoint) or a .ckpt file.
+    """Folder, checkpoint file and content for a run folder (its best epoch) or a .ckpt file.
+
+    A run that was stopped in its first epoch has no best one yet: then it is the newest checkpoint.
 
     Raises:
-        UserError: neither; or nothing in it can be read.
+        UserError: neither; or the best epoch's checkpoint is damaged or gone, for another epoch is another result.
     """
     path = Path(run)
     if "://" in str(run) or path.is_file() or path.suffix == ".ckpt":
@@ -256,12 +260,20 @@ def run_checkpoint(run: str | Path) -> tuple[Path, Path, dict[str, Any]]:
     if not path.is_dir():
         raise UserError(f"there is no run folder or checkpoint {str(run)!r}")
     folder = RunFolder(path)
+    lost = ""
     if folder.best.is_file():
-        with contextlib.suppress(UserError):
+        try:
             return path, folder.best, read_checkpoint(folder.best)
+        except UnreadableCheckpoint as error:
+            lost = str(error)
     found, checkpoint, _ = newest_checkpoint(folder.checkpoints)
     if found is None:
         raise UserError(f"{path} holds no checkpoint; is it the folder of a run?")
+    if lost or checkpoint["longspan"]["best"] is not None:
+        raise UserError(
+            f"{path}: the checkpoint of the best epoch cannot be used ({lost or f'there is no {folder.best.name}'}); "
+            f"bring it back, or to take another epoch on purpose copy {found.name} to {folder.best}"
+        )
     return path, found, checkpoint
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from core.training.app import App
 from core.training.callbacks import Display, Meter
 from core.training.checkpoint import AtomicCheckpointIO, newest_checkpoint, remove_leftovers
-from core.training.data import Data, eval_loader, train_loader
+from core.training.data import Data, check_unchanged, eval_loader, train_loader
 from core.training.errors import UserError
 from core.training.evaluation import run_evaluation
 from core.training.interrupt import Stop
@@ -68,6 +68,8 @@ class Training:
         session, settings = self.session, self.session.recipe.trainer
         source, checkpoint = _continue_from(session.folder)
         record = checkpoint.get("longspan")
+        if record is not None:
+            check_unchanged(record["spec"], session.data.spec, session.folder.path)
         if record is not None and record["finished"]:
             return record
         # Every rank reads as much as this one, so the group's tokens are this rank's times the devices.

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from core.training.app import get_app
 from core.training.checkpoint import read_checkpoint
 from core.training.data import eval_loader
-from core.training.errors import UserError
+from core.training.errors import Interrupted, UserError
 from core.training.evaluation import run_evaluation
 from core.training.fit import evaluate, fit
 from core.training.interrupt import Stop
@@ -90,6 +91,74 @@ def test_training_improves_on_the_floor_and_evaluate_repeats_the_figure(toy):
     assert evaluate("run") == before
     assert evaluate("run", floors=False)["floors"] == before["floors"], "those that are there are kept"
     assert not loaded.task.training
+
+
+def stop_in_the_second_epoch():
+    with pytest.raises(Interrupted):
+        fit("toy/demo", run_dir="run", overrides=["model.trap=term@7"])
+    recipe = Path("run/recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("trap: term@7", "trap: null"))
+
+
+def test_evaluating_an_unfinished_run_does_not_finish_it(toy):
+    stop_in_the_second_epoch()
+    so_far = evaluate("run")
+    assert so_far["test"]["mse"] > 0
+    assert json.loads((toy / "run" / "metrics-unfinished.json").read_text()) == so_far
+    assert not (toy / "run" / "metrics.json").exists()
+    result = fit("toy/demo", run_dir="run", resume=True)
+    assert result.epochs == 3
+    assert not (toy / "run" / "metrics-unfinished.json").exists()
+    (toy / "run" / "failure.json").write_text("{}")
+    evaluate("run")
+    assert not (toy / "run" / "failure.json").exists(), "a run that is finished and tested has not failed"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_without_its_best_epoch_a_run_gives_no_figures(damage, run, toy):
+    shutil.copytree(run.run_dir, toy / "copy")
+    best, last = (toy / "copy" / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    if damage == "cut":
+        best.write_bytes(best.read_bytes()[:5000])
+    else:
+        best.unlink()
+    (toy / "in.txt").write_text(" ".join(["0.5"] * 8))
+    before = (toy / "copy" / "metrics.json").read_bytes()
+    told = "the checkpoint of the best epoch cannot be used .*copy last.ckpt to copy/checkpoints/best.ckpt"
+    for ask in (lambda: predict("copy", "in.txt", "out.txt"), lambda: evaluate("copy"), lambda: load_run("copy")):
+        with pytest.raises(UserError, match=told):
+            ask()
+    assert (toy / "copy" / "metrics.json").read_bytes() == before
+    assert not (toy / "out.txt").exists()
+    shutil.copy(last, best)
+    assert evaluate("copy", floors=False)["val"]["mse"] == 3, "the figures are of the epoch whose weights are tested"
+
+
+def test_data_that_changed_is_refused_on_resume_and_test(toy, monkeypatch):
+    import longspan_toy.data
+
+    build = longspan_toy.data.build_data
+
+    def with_scale(mean, more=0):
+        def build_data(recipe):
+            data = build(recipe)
+            data.spec |= {"scaler": {"mean": [0.0, mean]}, "fit": {"shape": [1], "float32": str(mean)}}
+            data.spec |= {"new": 1} if more else {}
+            return data
+
+        monkeypatch.setattr(longspan_toy.data, "build_data", build_data)
+
+    with_scale(1.5)
+    stop_in_the_second_epoch()
+    with_scale(15.0)
+    told = r"run was trained on other data: scaler\.mean\.1 was 1\.5, now it is 15\.0; bring it back"
+    with pytest.raises(UserError, match=told):
+        fit("toy/demo", run_dir="run", resume=True)
+    with pytest.raises(UserError, match=told):
+        evaluate("run")
+    with_scale(1.5 + 1e-9, more=1)  # summed in another order, by a later version
+    assert fit("toy/demo", run_dir="run", resume=True).epochs == 3
+    assert evaluate("run")["test"]
 
 
 def test_a_checkpoint_file_alone_is_enough_to_predict(run, toy):
