@@ -20,7 +20,8 @@ def predict(run: str | Path, input: str | Path, output: str | Path, overrides: S
         The files that were written.
 
     Raises:
-        UserError: the input is missing, or cannot be what the run was trained on.
+        UserError: the input is missing, or cannot be what the run was trained on; or the output is the input, or a
+            folder where a file is wanted.
     """
     return _ask(run, input, output, overrides, lambda loaded: loaded.app.part("predict"))
 
@@ -50,10 +51,15 @@ def _ask(
     source, target = Path(input), Path(output)
     if not source.exists():
         raise UserError(f"there is no input file {str(input)!r}")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--output {output} is the input itself, which would be lost; choose another name")
     loaded = load_run(run, overrides)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         function = part(loaded)
     except OSError as error:
         raise UserError(f"cannot make the folder of {str(output)!r}: {error.strerror}") from error
-    return function(loaded, source, target)
+    try:
+        return function(loaded, source, target)
+    except IsADirectoryError as error:
+        raise UserError(f"--output {error.filename or output} is a folder; a file is wanted") from error

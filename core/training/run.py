@@ -125,15 +125,27 @@ class RunFolder:
             self.rows.unlink(missing_ok=True)
             return
 
+        columns = _columns(rows)
+
         def write(file: Any) -> None:
-            file.write(_csv_line(list(rows[0])) + b"".join(_csv_line(list(row.values())) for row in rows))
+            file.write(_csv_line(columns) + b"".join(_csv_line([row.get(c, "") for c in columns]) for row in rows))
 
         write_atomically(self.rows, write)
 
-    def add_row(self, row: dict[str, Any], *, first: bool) -> None:
-        """One epoch more in metrics.csv."""
-        with self.rows.open("wb" if first else "ab") as file:
-            file.write((_csv_line(list(row)) if first else b"") + _csv_line(list(row.values())))
+    def add_row(self, rows: list[dict[str, Any]]) -> None:
+        """The last of the rows is new: one line more in metrics.csv, or all anew where it has columns of its own."""
+        *before, row = rows
+        columns = _columns(before)
+        if not before or not row.keys() <= set(columns):
+            self.write_rows(rows)
+            return
+        with self.rows.open("ab") as file:
+            file.write(_csv_line([row.get(column, "") for column in columns]))
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Columns of metrics.csv: those of any row, as a task may report other figures in a later epoch."""
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _harmless(key: str) -> bool:

@@ -18,6 +18,7 @@ from core.training.errors import Interrupted, UserError
 from core.training.evaluation import run_evaluation
 from core.training.fit import evaluate, fit
 from core.training.interrupt import Stop
+from core.training.ledger import read_curve
 from core.training.predict import inspect, predict
 from core.training.randomness import random_state
 from core.training.recipe import load_recipe
@@ -175,6 +176,18 @@ def test_a_checkpoint_file_alone_is_enough_to_predict(run, toy):
         evaluate("alone.ckpt")
 
 
+def test_the_users_own_file_is_never_written_over(run, toy):
+    (toy / "in.txt").write_text(" ".join(["0.5"] * 8))
+    (toy / "link.txt").symlink_to("in.txt")
+    (toy / "folder.txt").mkdir()
+    for output in ("in.txt", "./in.txt", "link.txt"):
+        with pytest.raises(UserError, match="is the input itself, which would be lost; choose another name"):
+            predict(run.run_dir, "in.txt", output)
+    with pytest.raises(UserError, match=r"--output folder\.txt is a folder; a file is wanted"):
+        predict(run.run_dir, "in.txt", "folder.txt")
+    assert (toy / "in.txt").read_text() == " ".join(["0.5"] * 8)
+
+
 def test_settings_of_predict_may_change_after_training_and_nothing_else(run, toy):
     (toy / "in.txt").write_text(" ".join(["0.5"] * 8))
     values = []
@@ -239,6 +252,28 @@ def test_max_steps_ends_the_run_in_the_middle_of_an_epoch(toy):
     assert result.epochs == 2
     with (toy / "run" / "metrics.csv").open() as file:
         assert float(list(csv.DictReader(file))[-1]["lr"]) == 0, "the schedule is that of 8 steps"
+
+
+def test_figures_that_come_and_go_keep_their_columns_and_their_means(toy, monkeypatch):
+    """As where a model is converted: first one figure, later two others, and one of them only in some batches."""
+    from longspan_toy.task import ToyTask
+
+    real = ToyTask.loss
+
+    def loss(self, batch):
+        found, batch_idx = real(self, batch)[0], self.batches
+        if self.current_epoch == 0:
+            return found, {"transfer": torch.tensor(7.0)}
+        return found, {"distance": torch.tensor(3.0)} | ({"rare": torch.tensor(5.0)} if batch_idx % 2 else {})
+
+    monkeypatch.setattr(ToyTask, "loss", loss)
+    fit("toy/demo", run_dir="run", floors=False)
+    table = toy / "run" / "metrics.csv"
+    assert read_curve(table, "train_transfer") == [(6, 7)]
+    assert read_curve(table, "train_distance") == [(12, 3), (18, 3)]
+    assert read_curve(table, "train_rare") == [(12, 5), (18, 5)]
+    assert [step for step, _ in read_curve(table, "val_mse")] == [6, 12, 18]
+    assert len({len(row) for row in csv.reader(table.open())}) == 1
 
 
 def test_clipping_bounds_the_gradient(toy, monkeypatch):
