@@ -148,8 +148,10 @@ def warnings(plan: Plan, table: Table) -> list[str]:
     ]
     if len(plan.seeds) < 3:
         found.append("Fewer than three seeds show little: use three or more before you believe a difference.")
-    if not table.floors_agree:
-        found.append("The floors differ between runs, so the runs did not see the same data; do not compare them.")
+    if not table.data_agree:
+        found.append(
+            "Runs report other data or floors than others: they did not see the same data; do not compare them."
+        )
     if plan.jobs > 1:
         found.append(
             f"{plan.jobs} runs shared this machine, so step times, tokens/s and seconds are disturbed; "

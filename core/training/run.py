@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,7 +28,9 @@ from torch import nn
 
 from core.attention.measurement import processor
 from core.training.app import App, get_app
-from core.training.checkpoint import UnreadableCheckpoint, newest_checkpoint, read_checkpoint, write_atomically
+from core.training.checkpoint import UnreadableCheckpoint, newest_checkpoint, read_checkpoint
+from core.training.differences import differing, flat, harmless
+from core.training.durable import locked, temporary_name, write_atomically, write_text
 from core.training.errors import UserError
 from core.training.recipe import Recipe, build_recipe, dump
 from core.training.task import Task
@@ -99,18 +101,14 @@ class RunFolder:
             self.failure.unlink(missing_ok=True)
             yield
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process per folder; the lock goes with the process, however it ends."""
-        with (self.path / ".lock").open("w") as file:
-            if not _lock(file):
-                raise UserError(f"another process is training in {self.path}")
-            yield
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """One process per folder."""
+        return locked(self.path, f"another process is training in {self.path}")
 
     def _same_recipe(self, recipe: Recipe) -> None:
-        there = _flat(build_recipe(read_yaml(self.recipe), source=str(self.recipe)).model_dump(mode="json"))
-        here = _flat(recipe.model_dump(mode="json"))
-        changed = [key for key in here | there if here.get(key) != there.get(key) and not _harmless(key)]
+        there = flat(build_recipe(read_yaml(self.recipe), source=str(self.recipe)).model_dump(mode="json"))
+        here = flat(recipe.model_dump(mode="json"))
+        changed = [key for key in differing(there, here) if not harmless(key)]
         if changed:
             key = changed[0]
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -148,19 +146,6 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def _harmless(key: str) -> bool:
-    """Whether a key changes nothing that is learned, only how fast, where it is seen, or what `predict` does later."""
-    unlearned = {f"trainer.{name}" for name in ("threads", "workers", "log_every", "checkpoint_every")}
-    return key in unlearned or key.startswith("predict")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _csv_line(values: list[Any]) -> bytes:
     import io
 
@@ -169,26 +154,9 @@ def _csv_line(values: list[Any]) -> bytes:
     return text.getvalue().encode()
 
 
-def _lock(file: IO[str]) -> bool:
-    if os.name != "posix":
-        return True  # Windows has no flock; there the user keeps two runs apart
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def local_rank() -> int:
     """Number of this process in its group on this machine; 0 when it is alone."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -316,7 +284,7 @@ def export(folder: RunFolder, recipe: Recipe, task: Task) -> None:
     """model.safetensors and config.json: all that `load_model` needs."""
     config = {"format": 1, "source": recipe.source, "recipe": recipe.model_dump(mode="json"), "spec": task.spec}
     write_json(folder.config, config)
-    temporary = folder.weights.with_name(f".{folder.weights.name}.tmp")
+    temporary = temporary_name(folder.weights)
     safetensors.torch.save_model(task.model, str(temporary))
     os.replace(temporary, folder.weights)
 

@@ -83,7 +83,7 @@ class Table:
         rows: in the order of the plan.
         floors: metrics by floor, on the same part.
         optimum: the value of the primary metric that nobody can beat, where it is known.
-        floors_agree: whether all runs report the same floors, as runs on the same data must.
+        data_agree: whether runs with the same seed tell the same of their data, and all report the same floors.
         best_floor: (name, value) of the best one by the primary metric.
         best: label of the variant that comes out first among those with the fewest failed runs.
         decimals: of the primary metric, so that columns align.
@@ -96,7 +96,7 @@ class Table:
     rows: list[Row]
     floors: dict[str, dict[str, float]]
     optimum: float | None
-    floors_agree: bool
+    data_agree: bool
     best_floor: tuple[str, float] | None
     best: str | None
     decimals: int
@@ -141,7 +141,7 @@ def _table(plan: Plan, setting: tuple[str, ...], runs: Mapping[Key, Run]) -> Tab
         part=part,
         rows=rows,
         floors=floors,
-        floors_agree=all(other == floors for other in reported),
+        data_agree=all(other == floors for other in reported) and _same_data(ok),
         optimum=values.get(OPTIMUM),
         best_floor=(best[1], best[0]) if best else None,
         best=_best(plan, rows),
@@ -170,6 +170,15 @@ def _row(plan: Plan, setting: tuple[str, ...], label: str, part: str, runs: Mapp
         metrics={name: spread([float(score[name]) for score in scores.values()]) for name in names},
         cost={name: float(np.median(found)) if found else None for name, found in costs.items()},
     )
+
+
+def _same_data(runs: Sequence[Run]) -> bool:
+    """Within each seed: what a run tells of its data may depend on the seed, such as the padding of its batches."""
+    told: dict[int, set[str]] = {}
+    for run in runs:
+        if run.data is not None:
+            told.setdefault(run.seed, set()).add(run.data)
+    return all(len(found) == 1 for found in told.values())
 
 
 def _best(plan: Plan, rows: Sequence[Row]) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from core.training.app import get_app
+from core.training.callbacks import Meter
 from core.training.checkpoint import read_checkpoint
 from core.training.data import eval_loader
 from core.training.errors import Interrupted, UserError
@@ -243,6 +244,13 @@ def test_accumulation_is_a_larger_batch(toy):
         "toy/demo", run_dir="small", overrides=[*plain, "trainer.batch_size=8", "trainer.accumulate=2"], floors=False
     )
     assert small.metrics["test"]["mse"] == pytest.approx(large.metrics["test"]["mse"], rel=1e-4)
+
+
+def test_a_step_is_one_of_the_optimiser(monkeypatch):
+    meter = Meter(items=10, batch_size=2, tokens_per_item=1, accumulate=2)
+    meter.batches = 5  # three steps
+    monkeypatch.setattr(meter, "_elapsed", lambda: 3.0)
+    assert meter.finish_epoch(torch.device("cpu"))["step_ms"] == 1000
 
 
 def test_max_steps_ends_the_run_in_the_middle_of_an_epoch(toy):
