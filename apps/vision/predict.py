@@ -39,7 +39,8 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
         input: image or folder.   output: CSV file or folder to write.
 
     Raises:
-        UserError: no image is found, or the output has the wrong form for the task.
+        UserError: no image is found, the output has the wrong form for the task, or an answer would take the place of
+            an image or of another answer.
     """
     task, recipe = run.task, run.recipe
     assert isinstance(task, VisionTask)
@@ -51,14 +52,32 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     if task.kind == "boxes":
         if output.suffix and output.suffix.lower() != ".csv":
             raise UserError(f"--output {output}: boxes are written to a .csv file, or with pictures to a folder")
+        if output.suffix.lower() != ".csv":
+            _check_places(root, names, output, ["_boxes.png"])
         with torch.no_grad():
             return _boxes(task, recipe, root, names, output)
     if not dense and output.suffix.lower() != ".csv":
         raise UserError(f"--output {output}: {task.kind} are written to a .csv file")
     if dense and (output.suffix or output.is_file()):
         raise UserError(f"--output {output}: masks are written to a folder")
+    if dense:
+        _check_places(root, names, output, [".tif"] if task.kind == "values" else [".png", "_overlay.png"])
     with torch.no_grad():
         return _masks(task, recipe, root, names, output) if dense else _classes(task, recipe, root, names, output)
+
+
+def _check_places(root: Path, names: list[str], output: Path, endings: list[str]) -> None:
+    """Refuse an answer that would be written over an image that is read, or over the answer for another one."""
+    taken: dict[str, str] = {}
+    beside = output.is_dir() and output.samefile(root)
+    for name in names:
+        for ending in endings:
+            place = f"{PurePosixPath(name).with_suffix('')}{ending}"
+            if place in taken:
+                raise UserError(f"{taken[place]} and {name} would both be answered in {output / place}; rename one")
+            if beside and place in names:
+                raise UserError(f"--output {output}: {place} would be written over; choose another folder")
+            taken[place] = name
 
 
 def find_images(input: Path) -> tuple[list[str], Path]:

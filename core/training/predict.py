@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from core.training.errors import UserError
-from core.training.ledger import PLAN, read_plan, read_runs, slug
+from core.training.ledger import PLAN, file_names, read_plan, read_runs
 from core.training.run import LoadedRun, load_run
 
 
@@ -21,7 +21,8 @@ def predict(run: str | Path, input: str | Path, output: str | Path, overrides: S
         The files that were written.
 
     Raises:
-        UserError: the input is missing, or cannot be what the run was trained on.
+        UserError: the input is missing, or cannot be what the run was trained on; or the output is the input, or a
+            folder where a file is wanted.
     """
     return _ask(run, input, output, overrides, lambda loaded: loaded.app.part("predict"))
 
@@ -49,9 +50,9 @@ def inspect(run: str | Path, input: str | Path, output: str | Path, overrides: S
 
 def _inspect_all(folder: Path, input: str | Path, output: Path, overrides: Sequence[str]) -> list[Path]:
     runs = _runs_of(folder, overrides)
-    files = [
-        path for label, run in runs.items() for path in inspect(run.run_dir, input, output / slug(label), overrides)
-    ]
+    files = []
+    for name, run in zip(file_names(list(runs)), runs.values()):
+        files += inspect(run.run_dir, input, output / name, overrides)
     app = next(iter(runs.values())).app
     if app.side_by_side is not None:
         files += app.part("side_by_side")(runs, Path(input), output)
@@ -81,10 +82,15 @@ def _ask(
     source, target = Path(input), Path(output)
     if not source.exists():
         raise UserError(f"there is no input file {str(input)!r}")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--output {output} is the input itself, which would be lost; choose another name")
     loaded = load_run(run, overrides)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         function = part(loaded)
     except OSError as error:
         raise UserError(f"cannot make the folder of {str(output)!r}: {error.strerror}") from error
-    return function(loaded, source, target)
+    try:
+        return function(loaded, source, target)
+    except IsADirectoryError as error:
+        raise UserError(f"--output {error.filename or output} is a folder; a file is wanted") from error

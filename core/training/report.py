@@ -20,8 +20,9 @@ from markupsafe import Markup
 from core.training import tables, units
 from core.training.answer import overall
 from core.training.app import Sheet, apps
+from core.training.durable import write_text
 from core.training.errors import UserError
-from core.training.ledger import PLAN, read_plan, read_runs, replace_text
+from core.training.ledger import PLAN, file_names, read_plan, read_runs
 from core.training.plots import colour, plots
 from core.training.summary import Compared, Summary, Table, summarize
 
@@ -62,7 +63,7 @@ def write_report(folder: Path, summary: Summary) -> list[Path]:
             (folder / "plots").mkdir(exist_ok=True)
             written[_plot_file(summary, i, name)] = svg
     for name, text in written.items():
-        replace_text(folder / name, text)
+        write_text(folder / name, text)
     return [folder / name for name in written]
 
 
@@ -164,7 +165,7 @@ def _marked(compared: Compared | None) -> Markup:
 
 
 def _plot_file(summary: Summary, index: int, name: str) -> str:
-    setting = re.sub(r"[^\w.=-]+", "_", " ".join(summary.tables[index].setting))
+    setting = file_names([" ".join(table.setting) for table in summary.tables])[index]
     return f"plots/{setting}-{name}.svg" if setting else f"plots/{name}.svg"
 
 

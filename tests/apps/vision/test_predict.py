@@ -70,6 +70,22 @@ def test_masks_have_the_size_and_names_of_their_images(segmenter, halves, tmp_pa
     assert np.array(Image.open(files[1])).shape == (50, 75, 3)
 
 
+def test_no_answer_takes_the_place_of_an_image_or_of_another_answer(segmenter, halves, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.open(halves / "test" / "0.png").save(photos / "a.png")
+    before = (photos / "a.png").read_bytes()
+    with pytest.raises(UserError, match="is the input itself"):
+        predict(segmenter, photos, photos)
+    with pytest.raises(UserError, match=r"a\.png would be written over; choose another folder"):
+        predict(segmenter, photos / "a.png", photos)
+    Image.open(halves / "test" / "1.png").convert("RGB").save(photos / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg and a\.png would both be answered in .*masks/a\.png; rename one"):
+        predict(segmenter, photos, tmp_path / "masks")
+    assert (photos / "a.png").read_bytes() == before
+    assert not (tmp_path / "masks").exists()
+
+
 def test_a_window_that_holds_the_image_gives_what_the_whole_gives(segmenter, halves, monkeypatch):
     run = load_run(segmenter)
     image = read_image(halves / "test" / "1.png", "rgb")[:, :32, :32]

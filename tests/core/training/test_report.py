@@ -189,7 +189,7 @@ def test_a_grid_gives_a_table_per_setting(tmp_path):
     )
     report(tmp_path)
     page = plain((tmp_path / "report.html").read_text())
-    assert "The best mean mse is linear's in all 2 settings" in page
+    assert "The first place by mse is linear's in all 2 settings" in page
     assert page.count("Learning curves") == 2
     assert (tmp_path / "plots" / "data.horizon=720-curves.svg").is_file()
     text = (tmp_path / "report.md").read_text()
