@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from apps.vision.images import fitted, fitted_mask, resized, resized_mask
+from apps.vision.native import bordered, native_size, without_border
 from apps.vision.recipe import AugmentSection
 
 
@@ -19,10 +20,11 @@ class Augment:
         size: (rows, columns) of the result.
         resize: data.resize, what is done where no random crop is asked for.
         fill: mean of the data per channel, 0 to 255: what RandAugment shows beyond the border.
+        patch: side of the model's patches; only resize=native, whose images have sizes of their own, needs it.
     """
 
-    def __init__(self, options: AugmentSection, size: tuple[int, int], resize: str, fill: list[float]):
-        self.options, self.size, self.resize = options, size, resize
+    def __init__(self, options: AugmentSection, size: tuple[int, int], resize: str, fill: list[float], patch: int = 1):
+        self.options, self.size, self.resize, self.patch = options, size, resize, patch
         self.policy = None
         if options.rand_augment:
             from timm.data.auto_augment import rand_augment_transform
@@ -38,13 +40,15 @@ class Augment:
         if options.crop is not None:
             box = self._box(image.shape[1], image.shape[2])
             rows, columns = slice(box[0], box[0] + box[2]), slice(box[1], box[1] + box[3])
-            image = resized(image[:, rows, columns], self.size)
-            mask = None if mask is None else resized_mask(mask[rows, columns], self.size)
+            if self.resize == "native":
+                real = native_size((box[2], box[3]), self.size, self.patch)
+            image = resized(image[:, rows, columns], real)
+            mask = None if mask is None else resized_mask(mask[rows, columns], real)
         else:
-            image, real = fitted(image, self.size, self.resize)
+            image, real = fitted(image, self.size, self.resize, patch=self.patch)
             mask = None if mask is None else fitted_mask(mask, self.size, self.resize)
         for wanted, dim in ((options.flip, -1), (options.flip_rows, -2)):
-            if wanted and real == self.size and torch.rand(()) < 0.5:
+            if wanted and real == tuple(image.shape[1:]) and torch.rand(()) < 0.5:
                 image, mask = image.flip(dim), None if mask is None else mask.flip(dim)
         if options.colour:
             image = self._coloured(image)
@@ -56,7 +60,7 @@ class Augment:
         """(top, left, rows, columns) of a random crop with about the shape of the result."""
         crop, ratio = self.options.crop, self.options.ratio
         assert crop is not None
-        shape = self.size[1] / self.size[0]
+        shape = wide / high if self.resize == "native" else self.size[1] / self.size[0]
         for _ in range(10):
             area = high * wide * float(torch.empty(()).uniform_(*crop))
             aspect = shape * float(torch.exp(torch.empty(()).uniform_(*(float(np.log(end)) for end in ratio))))
@@ -89,19 +93,27 @@ GREY = (0.299, 0.587, 0.114)
 
 
 class Mixing:
-    """timm's Mixup and CutMix over a batch, and label smoothing: images and classes -> images and soft classes."""
+    """timm's Mixup and CutMix over a batch, and label smoothing: images and classes -> images and soft classes.
 
-    def __init__(self, options: AugmentSection, classes: int):
+    native: images have sizes of their own; timm's mixing for NaFlexViT mixes what two of them have in common.
+    """
+
+    def __init__(self, options: AugmentSection, classes: int, *, native: bool = False):
         from timm.data.mixup import Mixup
+        from timm.data.naflex_mixup import NaFlexMixup
 
-        self.classes, self.smoothing = classes, options.smoothing
-        alphas: dict[str, Any] = {"mixup_alpha": options.mixup, "cutmix_alpha": options.cutmix}
-        on = options.mixup or options.cutmix
-        self.mixup = Mixup(**alphas, label_smoothing=self.smoothing, num_classes=classes) if on else None
+        self.classes, self.smoothing, self.native = classes, options.smoothing, native
+        given: dict[str, Any] = {"mixup_alpha": options.mixup, "cutmix_alpha": options.cutmix}
+        given |= {"label_smoothing": self.smoothing, "num_classes": classes}
+        self.mixup = (NaFlexMixup if native else Mixup)(**given) if options.mixup or options.cutmix else None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, C, H, W] are changed in place; the classes come back as [B, K]."""
+    def __call__(self, images: Tensor, labels: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """images [B, C, H, W], of native ones `real` [B, 2], may be changed; the classes come back as [B, K]."""
         from timm.data.mixup import mixup_target
+
+        if self.native and self.mixup is not None and real is not None:
+            mixed, soft = self.mixup(without_border(images, real), labels)  # type: ignore[arg-type]
+            return bordered(mixed), torch.stack(list(soft))
 
         def alone(labels: Tensor) -> Tensor:
             return mixup_target(labels, self.classes, 1.0, self.smoothing)
@@ -110,5 +122,5 @@ class Mixing:
         parts = [alone(labels[even:])] if even < len(images) else []
         if even:
             images[:even], mixed = self.mixup(images[:even], labels[:even])  # type: ignore[misc]
-            parts.insert(0, mixed)
+            parts.insert(0, mixed)  # type: ignore[arg-type]
         return images, torch.cat(parts)

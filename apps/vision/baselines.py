@@ -3,6 +3,7 @@
 - majority: the class that is most frequent in training, for every image or pixel;
 - histogram: logistic regression on a colour histogram (8 bins per channel, and 4 x 4 x 4 of the colours together);
 - thumbnail: logistic regression on the image shrunk to 16 x 16;
+- shape: logistic regression on the rows and columns of the file, where they differ: what a size gives away;
 - position: segments only, the most frequent class of each place (on a grid of 32 x 32);
 - prior: boxes only, the same for every image: the middles of clusters of the training boxes of each class;
 - optimum: generated scenes only, the best possible accuracy.
@@ -48,6 +49,10 @@ def floors(recipe: Recipe, data: Data) -> dict[str, dict[str, float]]:
         seen = np.stack([features(train.get(n)[0]) for n in rows])  # type: ignore[attr-defined]
         asked = np.stack([features(test.get(n)[0]) for n in range(len(truth))])  # type: ignore[union-attr]
         found[name] = _score(_regression(seen, labels, asked, task, len(classes)), truth, task)
+    shapes = [[part.items[n].shape for n in some] for part, some in ((train, rows), (test, range(len(truth))))]  # type: ignore[union-attr]
+    if len(set(shapes[0])) > 1 and None not in shapes[0] + shapes[1]:
+        seen, asked = (np.log(np.array(some, dtype=float)) for some in shapes)
+        found["shape"] = _score(_regression(seen, labels, asked, task, len(classes)), truth, task)
     if hasattr(test, "truth"):
         right = F.one_hot(test.truth, len(classes)).float() * 20  # type: ignore[union-attr]
         found[OPTIMUM] = _score(right, truth, task)
@@ -105,7 +110,7 @@ def _of_segments(train: Any, test: Any, classes: list[str], ignore: int | None) 
         valid = (mask >= 0) & (mask < len(classes)) & (mask != (-1 if ignore is None else ignore))
         hot = F.one_hot(mask.masked_fill(~valid, 0), len(classes)).permute(2, 0, 1).double() * valid
         total += F.adaptive_avg_pool2d(hot, (PLACES, PLACES))
-    majority, position = SegmentScores(classes, ignore), SegmentScores(classes, ignore)
+    majority, position = (SegmentScores(classes, ignore, outlines=True) for _ in range(2))
     most, places = int(total.sum((1, 2)).argmax()), total.argmax(0)
     for n in range(len(test)):
         mask = test.get(n)[1]

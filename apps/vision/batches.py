@@ -1,5 +1,6 @@
 """One part of the data as batches: how an item is read, brought to size and put together with others."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,17 +10,22 @@ from torch.utils.data import Dataset
 from apps.vision.augment import Augment
 from apps.vision.boxes import BoxAugment
 from apps.vision.images import BrokenImage, fitted, read_image, read_mask, read_values, resized_mask, shrunk
+from apps.vision.native import bordered
 from apps.vision.sources import Item, Store
 
+Fitted = tuple[Tensor, tuple[int, int]]
+"""An image at the size that a model sees, and how many of its rows and columns are real."""
 READING = ("channels", "resize", "crop_ratio", "shrink", "ignore")
-"""Options of `data` that say how an image is read; `predict` reads the next one in the same way."""
+"""Options of `data` that say how an image is read; `predict` reads the next one in the same way. With resize=native
+"patch" is there, too: the side of the model's patches."""
 
 
 class Images(Dataset):
     """One part: images, their classes or masks, as whole batches.
 
     Items are kept as read (uint8, as large as data.shrink leaves them) with `cache`, else read each time. A batch
-    is {"image": uint8 [B, C, H, W], "real": [B, 2] rows and columns that are no border, "index": [B]} and "label" [B]
+    is {"image": uint8 [B, C, H, W], "real": [B, 2] rows and columns that are no border, "index": [B]}, at other sizes
+    "sizes", {name: (image, real)}, and "label" [B]
     or [B, K]; or "mask" [B, H, W] in training, and in evaluation a list of masks in their own size; or "boxes", a list
     of [M, 5] per image (see `boxes.py`), in training of what is seen, in evaluation of the whole images, and "shape".
     """
@@ -38,8 +44,8 @@ class Images(Dataset):
         return image, mask.long() if mask is not None and not mask.is_floating_point() else mask
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        images, masks, reals = [], [], []
-        others: dict[str, list[Tensor]] = {}
+        images, masks = [], []
+        others: dict[str, list[Fitted]] = {}
         for index in indices:
             image, mask = self.get(index)
             if isinstance(self.augment, BoxAugment):
@@ -49,19 +55,14 @@ class Images(Dataset):
                 image, mask, real = self.augment(image, smaller)
             else:
                 for size in self.sizes:
-                    others.setdefault(f"at_{size[0]}x{size[1]}", []).append(self.reader.fitted(image, size)[0])
+                    others.setdefault(f"at_{size[0]}x{size[1]}", []).append(self.reader.fitted(image, size))
                 image, real = self.reader.fitted(image)
-            images.append(image)
+            images.append((image, real))
             masks.append(mask)
-            reals.append(real)
-        batch: dict[str, Any] = {
-            "image": torch.stack(images),
-            "real": torch.tensor(reals),
-            "index": torch.tensor(indices),
-            "part": self.part,
-        }
+        x, real = as_batch(images)
+        batch: dict[str, Any] = {"image": x, "real": real, "index": torch.tensor(indices), "part": self.part}
         if others:
-            batch["sizes"] = {name: torch.stack(some) for name, some in others.items()}
+            batch["sizes"] = {name: as_batch(some) for name, some in others.items()}
         if self.reader.task == "boxes":
             batch["boxes"] = masks if self.augment is not None else [self.targets[index] for index in indices]
             batch["shape"] = [self.items[index].shape for index in indices]
@@ -70,6 +71,11 @@ class Images(Dataset):
         else:
             batch["mask"] = torch.stack(masks) if self.augment is not None else masks
         return batch
+
+
+def as_batch(images: Sequence[Fitted]) -> tuple[Tensor, Tensor]:
+    """Images as `fitted` gives them, as [B, C, H, W] and their real rows and columns [B, 2]."""
+    return bordered([image for image, _ in images]), torch.tensor([real for _, real in images])
 
 
 class Reader:
@@ -98,4 +104,5 @@ class Reader:
 
     def fitted(self, image: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
         """The image at the model's size, see `images.fitted`."""
-        return fitted(image, size or self.size, self.reading["resize"], self.reading["crop_ratio"])
+        reading = self.reading
+        return fitted(image, size or self.size, reading["resize"], reading["crop_ratio"], reading.get("patch", 1))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apps.vision.detection import COST
 from apps.vision.model import TimmBackbone, VisionModel
 from apps.vision.recipe import DistilSection, VisionRecipe
 from core.attention import Attention
@@ -100,7 +101,7 @@ class Distillation:
 
     def transfer(self, model: VisionModel, x: Tensor, real: Tensor | None) -> Tensor:
         """Mean over the layers of |new(input) - old(input)|^2 / |old(input) - its mean|^2, on images [B, C, H, W]."""
-        seen: list[tuple[tuple, dict, Tensor]] = []
+        seen: list[tuple[tuple, dict[str, Any], Tensor]] = []
         modules = attention_modules(self.source)
         hooks = [
             module.register_forward_hook(
@@ -118,19 +119,50 @@ class Distillation:
         for old, new, (args, kwargs, output) in zip(modules, attention_modules(model), seen):
             if hasattr(old, "grid"):
                 new.grid = old.grid  # type: ignore[assignment]
-            spread = (output - output.mean((0, 1), keepdim=True)).square().mean()
-            losses.append((new(*args, **kwargs) - output).square().mean() / spread.clamp(min=1e-12))
+            mask = _key_mask(kwargs, output)
+            put_out, wanted = (x.flatten(0, 1) if mask is None else x[mask] for x in (new(*args, **kwargs), output))
+            spread = (wanted - wanted.mean(0)).square().mean()
+            losses.append((put_out - wanted).square().mean() / spread.clamp(min=1e-12))
         return torch.stack(losses).mean()
 
-    def distance(self, answer: Tensor, x: Tensor, real: Tensor | None, single: bool) -> Tensor:
-        """How far logits [B, K, ...] are from the source's: KL of softened classes, else mean squared error."""
+    def distance(self, answer: Tensor, x: Tensor, real: Tensor | None, task: str) -> Tensor:
+        """How far an answer is from the source's: KL of softened classes [B, K, ...], `between_boxes`, else MSE."""
         with torch.no_grad():
             wanted = self.source(x, real)
-        if not single:
+        if task == "boxes":
+            return between_boxes(answer, wanted)
+        if task not in ("classes", "segments"):
             return F.mse_loss(answer, wanted)
         soft = self.options.temperature
         p, q = F.log_softmax(wanted / soft, 1), F.log_softmax(answer / soft, 1)
         return soft**2 * (p.exp() * (p - q)).sum(1).mean()
+
+
+def _key_mask(kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    """Which tokens of a layer's output [B, N, D] are real, [B, N], from what the layer was given; None: all."""
+    if "attn_mask" in kwargs:
+        from apps.vision.timm_models import key_mask_of
+
+        return key_mask_of(kwargs["attn_mask"], output)
+    return kwargs.get("key_mask")
+
+
+def between_boxes(answer: Tensor, wanted: Tensor) -> Tensor:
+    """How far answers [B, N, K + 4] of a detector are from another's, token by token, per thing that the other sees.
+
+    KL between the chances of each class, and the distance of the sides, weighed as in the set loss. The sides count as
+    much as the other is sure of a class: where it sees nothing, its sides mean nothing. No pairing is needed, since
+    both answer by the same tokens.
+    """
+    logits, chance = answer[..., :-4].float(), wanted[..., :-4].float().sigmoid()
+    # Less the other's own entropy, so that equal answers are at no distance.
+    apart = F.binary_cross_entropy_with_logits(logits, chance, reduction="none") - F.binary_cross_entropy(
+        chance, chance, reduction="none"
+    )
+    sure = chance.amax(-1)
+    sides = (answer[..., -4:] - wanted[..., -4:]).abs().sum(-1)
+    total = COST["class"] * apart.sum() + COST["sides"] * (sure * sides).sum()
+    return total / sure.sum().clamp(min=1)
 
 
 def untrained(recipe: VisionRecipe, spec: dict[str, Any], source: VisionModel) -> VisionModel:

@@ -13,14 +13,17 @@ from apps.vision.generated import CLASSES, KINDS, generate
 from apps.vision.images import BrokenImage, check_image, shrunk
 from apps.vision.parts import draw, find_copies, split
 from apps.vision.recipe import DataSection, VisionRecipe, pair
+from apps.vision.shapes import size_table
 from apps.vision.sources import PARTS, Found, Item, find_items
 from core.attention.registry import nearest
 from core.training.data import Data
 from core.training.errors import UserError
 from core.training.files import find_file
-from core.training.rows import HUB
+from core.training.hub import HUB
 
 log = logging.getLogger(__name__)
+MOST_CLASSES = 20
+"""Classes whose sizes are told at the start; the table of a run has them all."""
 
 
 def build_data(recipe: VisionRecipe) -> Data:
@@ -30,8 +33,15 @@ def build_data(recipe: VisionRecipe) -> Data:
         UserError: one line for any mistake in the files.
     """
     options, task, size = recipe.data, recipe.model.task, pair(recipe.data.size)
-    reader = Reader(None, task, size, {name: getattr(options, name) for name in READING})
+    reading = {name: getattr(options, name) for name in READING}
+    if options.resize == "native":
+        from apps.vision.timm_models import patch_of
+
+        assert recipe.model.timm is not None
+        reading["patch"] = patch_of(recipe.model.timm)
+    reader = Reader(None, task, size, reading)
     notes: dict[str, Any] = {}
+    sizes: list[dict[str, Any]] = []
     if options.generated is not None:
         parts, classes = _generated(options, task, reader)
     else:
@@ -40,13 +50,15 @@ def build_data(recipe: VisionRecipe) -> Data:
         items, kept = _readable(found, reader, options, notes)
         classes = _classes(items, kept, options, task)
         split(items, options, task)
+        sizes = _by_class(size_table(items, kept, task), classes, task)
         parts = _parts(items, kept, classes, reader, task, options.limit, notes)
         notes |= find_copies(parts)
     mean, std = _scale(recipe, parts["train"])
     if task == "boxes":
         parts["train"].augment = BoxAugment(recipe.augment, size, options.resize, [])
     elif any(getattr(recipe.augment, name) for name in ("crop", "flip", "flip_rows", "colour", "rand_augment")):
-        parts["train"].augment = Augment(recipe.augment, size, options.resize, [255 * value for value in mean])
+        fill = [255 * value for value in mean]
+        parts["train"].augment = Augment(recipe.augment, size, options.resize, fill, reading.get("patch", 1))
     elif task in ("segments", "values"):
         plain = recipe.augment.model_copy(update={"flip": False})
         parts["train"].augment = Augment(plain, size, options.resize, [255 * value for value in mean])
@@ -61,6 +73,7 @@ def build_data(recipe: VisionRecipe) -> Data:
         "std": std,
         "reading": reader.reading,
         "test_names": [item.name for item in parts["test"].items],
+        "image_sizes": sizes,
     }
     summary = _summary(options, parts, classes, spec, notes, task)
     val, test = (parts[part] if len(parts[part]) else None for part in ("val", "test"))
@@ -112,8 +125,7 @@ def _readable(
                 reader.read(item)
             else:
                 source = found.store.read(item.image)
-                if not hasattr(source, "mode"):
-                    check_image(source)
+                item.shape = check_image(source) if not hasattr(source, "mode") else source.size[::-1]
             items.append(item)
         except BrokenImage as error:
             broken.append(f"{item.name}: {error}")
@@ -188,6 +200,14 @@ def _parts(
     return parts
 
 
+def _by_class(sizes: list[dict[str, Any]], classes: list[str], task: str) -> list[dict[str, Any]]:
+    """The table of sizes with the names of the classes, whose numbers masks hold, in their order."""
+    if task != "segments":
+        return sizes
+    names = {str(k): name for k, name in enumerate(classes)}
+    return [row | {"class": names.get(row["class"], f"(ignored {row['class']})")} for row in sizes]
+
+
 def _target(item: Item, classes: list[str], task: str, counted: Counter) -> Any:
     if task == "boxes":
         assert item.shape is not None
@@ -257,6 +277,9 @@ def _summary(options: DataSection, parts, classes, spec, notes, task) -> dict[st
         "classes": dict(zip(classes, spec["counts"])) or task,
         "split": how,
         "rows_x_columns": sizes,
+        "median_rows_x_columns_by_class": {
+            row["class"]: f"{row['rows_median']}x{row['columns_median']}" for row in spec["image_sizes"][:MOST_CLASSES]
+        },
         "mean": spec["mean"],
         "std": spec["std"],
         **notes,

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from apps.vision.native import native_size
 
 BORDER = -1
 """Number in a mask of pixels that are not there."""
@@ -77,11 +79,17 @@ def read_values(source: bytes | Path | Image.Image) -> Tensor:
     return torch.from_numpy(values)
 
 
-def check_image(source: bytes | Path) -> None:
-    """Raise BrokenImage where the head of a file is not that of an image."""
+def check_image(source: bytes | Path) -> tuple[int, int]:
+    """Rows and columns of an image, upright, from its head; BrokenImage where that is not one."""
     try:
-        with Image.open(io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())) as image:
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
             image.verify()
+        with Image.open(io.BytesIO(content)) as image:
+            # For its EXIF a PNG would have to be decoded, and cameras write none.
+            turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            columns, rows = image.size[::-1] if turned else image.size
+            return rows, columns
     except Exception as error:
         raise BrokenImage(_reason(error)) from error
 
@@ -114,13 +122,19 @@ class Placement(NamedTuple):
     real: tuple[int, int]
 
 
-def placement(shape: Sequence[int], size: tuple[int, int], resize: str, ratio: float = 1.0) -> Placement:
+def placement(
+    shape: Sequence[int], size: tuple[int, int], resize: str, ratio: float = 1.0, patch: int = 1
+) -> Placement:
     """Where an image of this shape (rows, columns) goes.
 
     crop: scaled until `size` covers its share `ratio` of the image, then the middle. stretch: scaled out of shape. pad:
-    scaled in shape until it fits, at the upper left.
+    scaled in shape until it fits, at the upper left. native: scaled in shape until it has as many patches as `size`,
+    and nothing else; the result has a size of its own.
     """
     (high, wide), (rows, columns) = shape, size
+    if resize == "native":
+        scaled = native_size((high, wide), size, patch)
+        return Placement(scaled, (0, 0), scaled)
     if resize == "stretch":
         return Placement(size, (0, 0), size)
     if resize == "pad":
@@ -132,10 +146,13 @@ def placement(shape: Sequence[int], size: tuple[int, int], resize: str, ratio: f
     return Placement(scaled, ((scaled[0] - rows) // 2, (scaled[1] - columns) // 2), size)
 
 
-def fitted(image: Tensor, size: tuple[int, int], resize: str, ratio: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
+def fitted(
+    image: Tensor, size: tuple[int, int], resize: str, ratio: float = 1.0, patch: int = 1
+) -> tuple[Tensor, tuple[int, int]]:
     """An image uint8 [C, H, W] at the size that a model sees, borders 0, and how many rows and columns are real."""
-    place = placement(image.shape[1:], size, resize, ratio)
-    return _looked_at(resized(image, place.scaled), place, size, 0), place.real
+    place = placement(image.shape[1:], size, resize, ratio, patch)
+    scaled = resized(image, place.scaled)
+    return (scaled if resize == "native" else _looked_at(scaled, place, size, 0)), place.real
 
 
 def fitted_mask(mask: Tensor, size: tuple[int, int], resize: str) -> Tensor:

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.training.scores import classification, multilabel
+from apps.vision.boundaries import boundary_f, mean_over_classes
+from core.training.scores import RESAMPLES, classification, multilabel
+from core.training.statistics import bootstrap_each
 
 
 class ClassScores:
@@ -38,48 +40,67 @@ class SegmentScores:
 
     miou: mean over the classes that are there, in truth or in the answers, of intersection over union. dice: likewise
     of 2 intersection / (truth + answer). accuracy: share of right pixels. Pixels without a class count nowhere.
+    boundary_f: see `boundaries`; only where `outlines` asks for it, for it takes longer than all others.
     """
 
-    def __init__(self, classes: list[str], ignore: int | None):
+    def __init__(self, classes: list[str], ignore: int | None, *, outlines: bool = False):
         self.classes, self.ignore = classes, ignore
+        self.outlines: list[np.ndarray] | None = [] if outlines else None
         self.counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
 
     def update(self, answer: Tensor, mask: Tensor) -> None:
-        """Class numbers [...] of answer and truth."""
-        answer, mask = answer.cpu().flatten(), mask.cpu().flatten()
+        """Class numbers of answer and truth, of one image [H, W] where outlines are wanted, else [...]."""
+        answer, mask = answer.cpu(), mask.cpu()
         valid = (mask >= 0) & (mask < len(self.classes))
         if self.ignore is not None:
             valid &= mask != self.ignore
+        if self.outlines is not None:
+            truth = mask.long().masked_fill(~valid, -1).numpy()
+            self.outlines.append(boundary_f(answer.numpy(), truth, len(self.classes)))
         index = mask[valid] * len(self.classes) + answer[valid]
         self.counts += index.bincount(minlength=self.counts.numel()).view_as(self.counts)
 
     def by_class(self) -> list[dict[str, Any]]:
-        """Pixels, IoU, Dice, precision and recall of each class; None where it is nowhere."""
+        """Pixels, IoU, Dice, precision, recall and boundary F of each class; None where it is nowhere."""
         counts = self.counts.double()
         hit, truth, answer = counts.diagonal(), counts.sum(1), counts.sum(0)
 
         def share(a: Tensor, b: Tensor) -> list[float | None]:
             return [float(x / y) if y else None for x, y in zip(a, b)]
 
-        columns = {
+        columns: dict[str, list[Any]] = {
             "pixels": [int(x) for x in truth],
             "iou": share(hit, truth + answer - hit),
             "dice": share(2 * hit, truth + answer),
             "precision": share(hit, answer),
             "recall": share(hit, truth),
         }
+        if self.outlines:
+            scores = np.stack(self.outlines)
+            each = [scores[np.isfinite(scores[:, k]), k] for k in range(len(self.classes))]
+            columns["boundary_f"] = [float(one.mean()) if len(one) else None for one in each]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         return [{"class": name, **row} for name, row in zip(self.classes, rows)]
 
     def compute(self, intervals: bool = False) -> dict[str, float]:
-        """The figures; pixels of an image are alike, so none has an interval."""
+        """The figures; pixels of an image are alike, so only the boundary F, a mean over images, has an interval."""
         rows = [row for row in self.by_class() if row["iou"] is not None]
         total = max(1, int(self.counts.sum()))
-        return {
+        return self._outlines(intervals) | {
             "miou": float(np.mean([row["iou"] for row in rows])) if rows else 0.0,
             "dice": float(np.mean([row["dice"] for row in rows])) if rows else 0.0,
             "accuracy": float(self.counts.diagonal().sum()) / total,
         }
+
+    def _outlines(self, intervals: bool) -> dict[str, float]:
+        if not self.outlines:
+            return {}
+        scores = np.stack(self.outlines)
+        found = {"boundary_f": mean_over_classes(scores)}
+        if intervals and len(scores) > 1:
+            ends = bootstrap_each(lambda some: {"boundary_f": mean_over_classes(some)}, scores, resamples=RESAMPLES)
+            found["boundary_f_low"], found["boundary_f_high"] = ends["boundary_f"]
+        return found
 
 
 class ValueScores:

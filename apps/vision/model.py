@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from apps.vision.detection import BoxHead
 from apps.vision.heads import Features, MapHead, MultiScaleHead
+from apps.vision.native import as_patches
 from apps.vision.recipe import VisionRecipe, pair
 from apps.vision.stems import STEMS, Texture
 from core.attention.positions import LearnedPositions, sinusoidal
@@ -101,7 +102,7 @@ class TimmBackbone(nn.Module):
     """A timm model as a backbone: `forward_features` and its grid."""
 
     def __init__(self, recipe: VisionRecipe, classes: int):
-        from apps.vision.timm_models import attentions, create
+        from apps.vision.timm_models import attentions, create, embedding, refuse_grids, replace_attention
 
         super().__init__()
         assert recipe.model.timm is not None
@@ -112,14 +113,16 @@ class TimmBackbone(nn.Module):
         if recipe.backbone.dropout:
             options["drop_path_rate"] = recipe.backbone.dropout
         model = create(recipe.model.timm, dynamic_img_size=True, **options)
-        from apps.vision.timm_models import replace_attention
-
         replace_attention(model, expand_layout(recipe.attention, recipe.backbone.layout, len(attentions(model))))
         if recipe.backbone.checkpoint:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
+        if recipe.data.resize == "native":
+            refuse_grids(model)
         self.model = model
         self.dim: int = model.num_features  # type: ignore[assignment]
-        self.patch: int = model.patch_embed.patch_size[0]  # type: ignore[index,union-attr]
+        patches = embedding(model)
+        self.patch: int = patches.patch_size[0]  # type: ignore[index]
+        self.channels_last: bool = getattr(patches, "channels_last", True)
         self.stem = nn.Module()
         self.widths: list[int] = []
 
@@ -131,10 +134,12 @@ class TimmBackbone(nn.Module):
         first = tokens.shape[1] - grid[0] * grid[1]
         return Features(tokens[:, first:], grid, tokens[:, :first], [], None)
 
-    def classify(self, x: Tensor) -> Tensor:
-        """timm's own classifier: [B, classes]."""
+    def classify(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """timm's own classifier: [B, classes]; real [B, 2]: rows and columns of images in their own shapes."""
         check_size(x, self.patch)
-        return self.model(x)
+        if real is None:
+            return self.model(x)
+        return self.model(as_patches(x, real, (self.patch, self.patch), channels_last=self.channels_last))
 
 
 def check_size(x: Tensor, patch: int) -> None:
@@ -186,7 +191,7 @@ class VisionModel(nn.Module):
         """Normalised images [B, C, H, W]; real [B, 2]: rows and columns that are no border."""
         if self.task in ("classes", "labels"):
             if isinstance(self.backbone, TimmBackbone):
-                return self.backbone.classify(x)
+                return self.backbone.classify(x, real)
             found = self.backbone(x, real)
             assert self.head is not None
             answer = self.head(self._pooled(found))

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.vision.batches import Reader
+from apps.vision.batches import Reader, as_batch
 from apps.vision.boxes import SIDES
 from apps.vision.images import SUFFIXES, BrokenImage, normalised, read_image, resized, restored, shrunk
 from apps.vision.pictures import overlay, save_mask, with_boxes
 from apps.vision.recipe import PredictSection, VisionRecipe, pair
 from apps.vision.results import spec_labels
 from apps.vision.sources import Store
-from apps.vision.task import VisionTask
+from apps.vision.task import BORDERED, VisionTask
 from apps.vision.tiling import slide
 from core.training.errors import UserError
 from core.training.run import LoadedRun
@@ -101,10 +101,9 @@ def _classes(task: VisionTask, recipe: VisionRecipe, root: Path, names: list[str
         writer = csv.writer(file)
         writer.writerow(["image", "predicted", *(f"p_{name}" for name in classes)])
         for some in _batched(_read(root, names, recipe, broken), settings.batch_size):
-            fitted = [reader.fitted(shrunk(image, recipe.data.shrink)) for _, image in some]
-            x = normalised(torch.stack([image for image, _ in fitted]), task.mean, task.std)
-            real = torch.tensor([real for _, real in fitted]) if recipe.data.resize == "pad" else None
-            logits = task.answer(x, real, flips=settings.flips)
+            images, real = as_batch([reader.fitted(shrunk(image, recipe.data.shrink)) for _, image in some])
+            shown = real if recipe.data.resize in BORDERED else None
+            logits = task.answer(normalised(images, task.mean, task.std), shown, flips=settings.flips)
             chances = logits.softmax(-1) if task.kind == "classes" else logits.sigmoid()
             for (name, _), row in zip(some, chances):
                 said = classes[int(row.argmax())] if task.kind == "classes" else spec_labels(classes, row > 0.5)

@@ -69,8 +69,9 @@ class DataSection(Section):
     """Colours that the model sees; 16-bit images are brought to 8 bits, transparency is dropped."""
     size: Size = 224
     """Rows and columns that the model is trained at; one number: a square."""
-    resize: Literal["crop", "stretch", "pad"] = "crop"
-    """crop: the middle of the image; stretch: the whole, out of shape; pad: the whole, with a masked border."""
+    resize: Literal["crop", "stretch", "pad", "native"] = "crop"
+    """crop: the middle of the image; stretch: the whole, out of shape; pad: the whole, with a masked border; native
+    (NaFlexViT): the whole in its own shape, with at most as many patches as data.size has."""
     crop_ratio: float = Field(default=1.0, gt=0, le=1)
     """Share of the shorter side that the middle crop of the evaluation takes."""
     shrink: int | None = Field(default=None, ge=8)
@@ -275,8 +276,18 @@ class VisionRecipe(Recipe):
             )
         if self.data.resize == "pad" and self.model.texture:
             raise ValueError("model.texture would read the border of data.resize=pad, too; use crop or stretch")
+        flexible = self.model.timm is not None and self.model.timm.startswith("naflexvit")
         if self.data.resize == "pad" and self.model.timm is not None:
-            raise ValueError("data.resize=pad masks the border, which timm's models do not; use crop or stretch")
+            better = "crop, stretch or native" if flexible else "crop or stretch"
+            raise ValueError(f"data.resize=pad masks the border, which timm's models do not; use {better}")
+        if self.data.resize == "native" and not flexible:
+            raise ValueError("data.resize=native is for NaFlexViT, model.timm=naflexvit_...; others keep shapes by pad")
+        if self.data.resize == "native" and self.model.task not in ("classes", "labels"):
+            raise ValueError(
+                f"data.resize=native is for classes and labels; {self.model.task} need a common grid: crop or stretch"
+            )
+        if self.data.resize == "native" and self.data.crop_ratio != 1:
+            raise ValueError("data.crop_ratio is for data.resize=crop; native shows the whole image")
         return self
 
 

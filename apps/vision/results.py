@@ -42,6 +42,8 @@ def write_results(
         files.append(draw_confusion(folder / "confusion.png", labels, predicted, spec["classes"]))
     elif isinstance(own, BoxScores):
         files += [_table(folder / "classes.csv", own.by_class()), _precision(folder / "curves.png", own)]
+    if spec.get("image_sizes"):
+        files.append(_table(folder / "image_sizes.csv", spec["image_sizes"]))
     if kept:
         files.append(draw_sheet(folder / f"test_{'boxes' if isinstance(own, BoxScores) else 'masks'}.png", kept, spec))
     if recipe.model.eval_sizes:

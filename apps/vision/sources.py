@@ -5,16 +5,17 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from apps.vision.images import SUFFIXES
+from apps.vision.images import SUFFIXES, BrokenImage
 from apps.vision.recipe import DataSection
 from core.attention.registry import nearest
 from core.training.errors import UserError
-from core.training.rows import HUB, read_rows
+from core.training.hub import HUB, names_split, splits
+from core.training.rows import Row, read_rows
 
 PARTS = ("train", "val", "test")
 ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -54,11 +55,14 @@ class Store:
 
     def names(self) -> list[str]:
         """All files that may be images, sorted; hidden ones are left out, folders that are links are followed."""
-        found, entered = [], set()
+        found: list[str] = []
+        above = {str(self.root): {os.path.realpath(self.root)}}
         for place, folders, files in os.walk(self.root, followlinks=True):
-            entered.add(os.path.realpath(place))
-            # A link back to a folder above would lead round in circles.
-            folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(Path(place, f)) not in entered]
+            # A link back to a folder above would lead round in circles; two links to one folder are two classes.
+            chain = above.pop(place)
+            targets = {f: os.path.realpath(Path(place, f)) for f in sorted(folders) if f[0] != "."}
+            folders[:] = [f for f, target in targets.items() if target not in chain]
+            above |= {os.path.join(place, f): chain | {targets[f]} for f in folders}
             below = PurePosixPath(*Path(place).relative_to(self.root).parts)
             found += [str(below / file) for file in files if file[0] != "." and Path(file).suffix.lower() in SUFFIXES]
         return sorted(found)
@@ -68,7 +72,9 @@ class Store:
         if isinstance(image, str):
             return self.root / image
         if isinstance(image, dict) and (image.get("bytes") or image.get("path")):  # the hub's undecoded form
-            return image["bytes"] or Path(image["path"])
+            return image.get("bytes") or self.root / image["path"]
+        if not image:
+            raise BrokenImage("the cell is empty")
         return image
 
 
@@ -246,17 +252,18 @@ def _apply_lists(found: Found, lists: Mapping[Any, str], root: Path) -> None:
 def _from_table(path: Path | str, options: DataSection, task: str) -> Found:
     """Items of the rows of a table; paths are relative to its folder, or to `data.images` below it."""
     root = Path(".") if str(path).startswith(HUB) else Path(path).parent
+    notes: dict[str, Any] = {}
     columns = [options.image_column, options.label_column if task in ("classes", "labels") else options.masks or "mask"]
     columns += [options.part_column] if options.part_column else []
     items = []
-    for row in read_rows(path, columns=columns):
+    for row, own in _rows(path, columns, options, notes):
         image, target = row.values[columns[0]], row.values[columns[1]]
         name = (
             image if isinstance(image, str) else (image.get("path") if isinstance(image, dict) else None) or row.where
         )
         if isinstance(image, str):
             image = str(PurePosixPath(options.images or ".") / image)
-        part = ""
+        part = own
         if options.part_column:
             given = str(row.values[options.part_column]).strip().lower()
             part = _alias(given) or ""
@@ -265,6 +272,8 @@ def _from_table(path: Path | str, options: DataSection, task: str) -> Found:
         if task in ("segments", "values"):
             items.append(Item(str(name), image, mask=target, part=part))
             continue
+        if target is None:
+            raise UserError(f"{row.where}: {options.label_column} is empty")
         if task == "labels":
             labels = target if isinstance(target, list) else str(target).split(options.separator)
             label: Any = [str(one).strip() for one in labels if str(one).strip()]
@@ -275,4 +284,25 @@ def _from_table(path: Path | str, options: DataSection, task: str) -> Found:
         items.append(Item(str(name), image, label=label, part=part))
     if not items:
         raise UserError(f"{path}: no rows")
-    return Found(Store(root), items)
+    return Found(Store(root), items, notes)
+
+
+def _rows(
+    path: Path | str, columns: list[str], options: DataSection, notes: dict[str, Any]
+) -> Iterator[tuple[Row, str]]:
+    """Rows and the part that each belongs to, "" where nothing says it; of a hub data set its splits say it."""
+    address = str(path)
+    if not address.startswith(HUB) or names_split(address) or options.part_column:
+        yield from ((row, "") for row in read_rows(path, columns=columns))
+        return
+    names = splits(address)
+    parts = {name: part for name in names if (part := _alias(name.lower())) is not None}
+    if "train" not in parts.values():
+        raise UserError(
+            f"{address}: no split is called train; name one of {', '.join(names)}, as in {address}:{names[0]}"
+        )
+    if len(parts) < len(names):
+        notes["splits_not_read"] = [name for name in names if name not in parts]
+    for name, part in parts.items():
+        rows = read_rows(f"{address}:{name}", columns=columns)
+        yield from ((row, part if len(parts) > 1 else "") for row in rows)

@@ -16,6 +16,7 @@ from apps.vision.detection import BoxScores, best, set_loss
 from apps.vision.images import BORDER, normalised, restored
 from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
 from apps.vision.model import TimmBackbone, VisionModel
+from apps.vision.native import bordered, mirrored, native_size, without_border
 from apps.vision.pictures import Kept
 from apps.vision.recipe import VisionRecipe, pair
 from apps.vision.results import sizes_of_test, write_results
@@ -25,6 +26,8 @@ from core.training.task import Task
 
 log = logging.getLogger(__name__)
 
+BORDERED = ("pad", "native")
+"""Values of data.resize with which images of a batch have borders, which the model must not see."""
 MOST_OVERLAYS = 8
 """Test images whose masks are drawn."""
 
@@ -49,7 +52,9 @@ class VisionTask(Task):
         self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]), persistent=False)
         self.register_buffer("weights", _weights(spec["counts"], recipe.model.class_balance), persistent=False)
-        self.mixing = Mixing(recipe.augment, len(spec["classes"])) if self.kind == "classes" else None
+        self.native: bool = recipe.data.resize == "native"
+        mixing = self.kind == "classes"
+        self.mixing = Mixing(recipe.augment, len(spec["classes"]), native=self.native) if mixing else None
         self.eraser = None
         if recipe.augment.erasing:
             from timm.data.random_erasing import RandomErasing
@@ -98,10 +103,11 @@ class VisionTask(Task):
         target: Any = next(batch[name] for name in ("label", "mask", "boxes") if name in batch)
         if self.eraser is not None:
             self.eraser.device = str(x.device)
-            x = self.eraser(x)
+            for images in without_border(x, real) if self.native and real is not None else [x]:
+                self.eraser(images)  # in place
         if self.mixing is not None:
-            x, target = self.mixing(x, target)
-        x, target = self._progressive(x, target)
+            x, target = self.mixing(x, target, real)
+        x, target, real = self._progressive(x, target, real)
         learned = self.distillation[0] if self.distillation else None
         if learned is not None:
             learned.to(x.device)
@@ -115,15 +121,14 @@ class VisionTask(Task):
             loss, terms = self._supervised(answer, target), {}
         if learned is None or not learned.options.weight:
             return loss, terms
-        distance = learned.distance(answer, x, real, self.kind in ("classes", "segments"))
+        distance = learned.distance(answer, x, real, self.kind)
         return loss + learned.options.weight * distance, {"task_loss": loss, "distance": distance}
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(normalised images, real rows and columns where some have a border)."""
         x = normalised(batch["image"], self.mean, self.std)
-        if self.recipe.data.resize != "pad" or (self.recipe.augment.crop is not None and self.training):
-            return x, None
-        return x, batch["real"]
+        cropped = self.recipe.data.resize == "pad" and self.recipe.augment.crop is not None and self.training
+        return x, None if cropped or self.recipe.data.resize not in BORDERED else batch["real"]
 
     def _supervised(self, answer: Tensor, target: Tensor) -> Tensor:
         if self.kind == "classes":
@@ -138,18 +143,26 @@ class VisionTask(Task):
         valid = ~target.isnan()
         return (answer[:, 0] - target)[valid].square().mean()
 
-    def _progressive(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _progressive(self, x: Tensor, target: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The batch at the size of this share of the steps."""
         if not self.sizes:
-            return x, target
+            return x, target, real
         stage = min(len(self.sizes) - 1, self.global_step * len(self.sizes) // max(1, self.total_steps))
         size = self.sizes[stage]
-        if size == x.shape[2:]:
-            return x, target
-        x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+        if size == pair(self.recipe.data.size):
+            return x, target, real
+        if self.native and real is not None:
+            patch = self.model.backbone.patch
+            shapes = [native_size((rows, columns), size, patch) for rows, columns in real.tolist()]
+            images = [_at(one[None], shape)[0] for one, shape in zip(without_border(x, real), shapes)]
+            return bordered(images), target, torch.tensor(shapes, device=real.device)
+        if real is not None:
+            before, after = (torch.tensor(shape, device=real.device) for shape in (x.shape[2:], size))
+            real = (real * after + before - 1) // before
+        x = _at(x, size)
         if self.kind in ("segments", "values"):
             target = F.interpolate(target[:, None].float(), size=size, mode="nearest-exact")[:, 0].to(target.dtype)
-        return x, target
+        return x, target, real
 
     def configure_optimizers(self) -> Any:
         """As in every app; with `optim.layer_decay` the layers below learn more slowly, by timm's grouping."""
@@ -179,8 +192,9 @@ class VisionTask(Task):
         answer = self._score("", self.model, x, real, batch)
         if batch["part"] == "test":
             self._keep(batch, answer)
-            for name, images in batch.get("sizes", {}).items():
-                self._score(name, self.model, normalised(images, self.mean, self.std), None, batch)
+            for name, (images, shown) in batch.get("sizes", {}).items():
+                shown = shown if self.recipe.data.resize in BORDERED else None
+                self._score(name, self.model, normalised(images, self.mean, self.std), shown, batch)
             for name, model in self._others().items():
                 self._score(name, model.to(x.device), x, real, batch)
 
@@ -199,8 +213,8 @@ class VisionTask(Task):
         found = self.model(x, real).float()
         if not flips:
             return found
-        mirrored = self.model(x.flip(-1), real).float()
-        return (found + (mirrored if found.dim() == 2 else mirrored.flip(-1))) / 2
+        other = self.model(mirrored(x, real), real).float()
+        return (found + (other if found.dim() == 2 else mirrored(other, real))) / 2
 
     def boxes(self, answer: Tensor, shape: tuple[int, int], size: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Classes, scores and sides (shares of an image of `shape`) of one image's answer, from a model of `size`."""
@@ -225,7 +239,7 @@ class VisionTask(Task):
     def _score(self, name: str, model: VisionModel, x: Tensor, real: Tensor | None, batch: dict[str, Any]) -> Tensor:
         answer = model(x, real).float()
         if name not in self.scores:
-            self.scores[name] = self._new_scores()
+            self.scores[name] = self._new_scores(outlines=self.part == "test" and not name)
         if self.kind in ("classes", "labels"):
             self.scores[name].update(answer, batch["label"])
             return answer
@@ -242,11 +256,11 @@ class VisionTask(Task):
             answers.append(grown)
         return answers  # type: ignore[return-value]
 
-    def _new_scores(self) -> Any:
+    def _new_scores(self, *, outlines: bool) -> Any:
         if self.kind in ("classes", "labels"):
             return ClassScores(self.kind == "classes")
         if self.kind == "segments":
-            return SegmentScores(self.spec["classes"], self.recipe.data.ignore)
+            return SegmentScores(self.spec["classes"], self.recipe.data.ignore, outlines=outlines)
         if self.kind == "boxes":
             return BoxScores(self.spec["classes"], self.recipe.predict.threshold)
         return ValueScores()
@@ -276,6 +290,10 @@ class VisionTask(Task):
             kinds, scores, sides = (x[sure].cpu() for x in found)
             shown = seen(torch.cat((kinds[:, None].float(), sides), 1), frame)[:, 1:]
             self.kept.append(Kept(image.cpu(), seen(boxes.cpu(), frame), (kinds, scores, shown)))
+
+
+def _at(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def _weights(counts: list[int], power: float) -> Tensor | None:

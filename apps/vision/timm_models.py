@@ -8,7 +8,8 @@ FlexiViT, DINOv2, NaFlexViT; EVA, DINOv3 and the other rotary ones. Weights load
 
 Two things follow. Rotary positions turn q and k before any feature map, so the weights of a linear map are those of
 turned vectors (the own layer turns features for some maps, see `core.attention.positions`). And the mask that NaFlexViT
-hands over is read as a key mask; asked for its [B, 1, 1, N] form, it never makes an N x N one.
+hands over for images in their own shapes (`native.py`) is read as a key mask; asked for its [B, 1, 1, N] form, it never
+makes an N x N one.
 """
 
 from pathlib import Path
@@ -116,6 +117,7 @@ def create(
         raise UserError(f"model.timm: timm has no model {name!r}{nearest(name, timm.list_models())}")
     if "naflex" in name:
         options.setdefault("use_key_only_attn_mask", True)
+        options.pop("dynamic_img_size", None)  # it has no other kind
     try:
         model = timm.create_model(name, pretrained=False, **options)
     except TypeError as error:
@@ -193,17 +195,40 @@ def _replace(module: Any, chosen: dict[str, Any]) -> None:
 
 def _watch_grid(model: nn.Module, modules: list[nn.Module]) -> None:
     """Tell the attention of every block how many rows and columns of patches the image has."""
-    patches = getattr(model, "patch_embed", None)
-    if patches is None:  # NaFlexViT: a sequence of patches from any grid
-        return
+    patches = embedding(model)
 
     def tell(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]  # images, or NaFlexViT's sequences of patches from any grid
+        grid = tuple(patches.dynamic_feat_size(x.shape[-2:])) if x.dim() == 4 else None  # type: ignore[operator]
         for module in modules:
-            module.grid = tuple(patches.dynamic_feat_size(inputs[0].shape[-2:]))  # type: ignore[assignment]
+            module.grid = grid  # type: ignore[assignment]
 
     for hook in getattr(model, "_own_hooks", []):
         hook.remove()
     model._own_hooks = [patches.register_forward_pre_hook(tell)]  # type: ignore[assignment]
+
+
+def embedding(model: nn.Module) -> nn.Module:
+    """The part of a timm model that cuts images into patches."""
+    return model.embeds if hasattr(model, "embeds") else model.patch_embed  # type: ignore[return-value]
+
+
+def patch_of(name: str) -> int:
+    """Side of the patches of a timm model in pixels, without its weights being made."""
+    with torch.device("meta"):
+        return embedding(create(name)).patch_size[0]  # type: ignore[index]
+
+
+def refuse_grids(model: nn.Module) -> None:
+    """Raise UserError where an attention looks at a grid: images in their own shapes have none in common."""
+    for module in attentions(model):
+        if "grid" in module.variant.can:  # type: ignore[operator,union-attr]
+            name = module.variant.name  # type: ignore[union-attr]
+            raise UserError(
+                f"attention {name!r} reads neighbours on a grid, and images in their own shapes (data.resize=native) "
+                "have none in common; take softmax, linear, hybrid or another without convolution and 2-D window, or "
+                "data.resize=crop"
+            )
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, list[str]]:

@@ -62,8 +62,8 @@ def roofline_ms(
     """Least time of the group's mechanism: inputs and outputs moved once, FLOPs of the chunked or banded form."""
     rows = max(1, scale.tokens // length) * length * heads
     flops = 4 * pairs(group, length) * width
-    if group not in ("softmax", "window", "window2d", *SPARSE):
-        chunked = 4 * width * width + (0 if group == "linear both" else 4 * CHUNK * width)
+    if group not in ("softmax", "window", "window packs", "window2d", *SPARSE):
+        chunked = 4 * width * width + (0 if group.startswith("linear both") else 4 * CHUNK * width)
         flops += chunked * (2 if group.endswith("delta") else 1)  # finding what is written costs as much as reading
     moved = 2 * 4 * width
     if both:

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from core.attention.autocast import lowered
 
 ORDER = {
     "cuda": ("fla", "sdpa", "torch", "flex", "triton"),
@@ -131,6 +134,12 @@ def resolve(
                 return _say(mechanism, Choice(name, known[name].run, reason), device, dtype)
             passed.append(f"{name} does not serve {lacks}")
     raise ValueError(f"no backend of {mechanism} attention serves this request on {device}: {'; '.join(passed)}")
+
+
+def honours(mechanism: str, feature: str, backend: str, q: Tensor, v: Tensor, needs: tuple[str, ...] = ()) -> bool:
+    """Whether what runs where `feature` is not asked for honours it all the same."""
+    dtype, widths = lowered(q, q, v)[0].dtype, (q.shape[3], v.shape[3])
+    return feature in _table[mechanism][resolve(mechanism, backend, q.device.type, dtype, needs, widths).name].serves
 
 
 def mechanisms() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ new keys.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -176,12 +176,7 @@ class Cost:
     parameters: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.flops + other.flops,
-            self.bytes_moved + other.bytes_moved,
-            self.state_bytes + other.state_bytes,
-            self.parameters + other.parameters,
-        )
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 State = dict[str, Tensor]
@@ -261,6 +256,10 @@ class Variant(nn.Module):
             inputs: the layer's input and what else it knows.
         """
         raise NotImplementedError
+
+    def reads_packs(self, q: Tensor, v: Tensor, *, backend: str = "auto") -> bool:
+        """Whether `forward` would take a `packing.Pack` of these as `pack`; others get padded batches."""
+        return False
 
     def init_state(self, batch: int, *, positions: str | None = None, device=None, dtype=None) -> State:
         """The state before the first token; positions: what the layer composes with, where the state depends on it."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from core.attention.contract import Attended, Cost, Heads, Inputs, State
 from core.attention.convolution import ShortConvolution
-from core.attention.packing import attend_packed
+from core.attention.packing import Pack, attend_packed, pack_of
 from core.attention.positions import Rotation, alibi_slopes
 from core.attention.registry import available, build, variant_class
 
@@ -132,7 +132,8 @@ class Attention(nn.Module):
             x: [B, L, C].
             context: [B, M, C] for cross-attention; None: x.
             key_mask: bool [B, M], True where a key is real.
-            cu_seqlens: [N + 1] offsets of a pack, x being [1, T, C]; excludes key_mask. Read on the host.
+            cu_seqlens: [N + 1] offsets of a pack, x being [1, T, C]; excludes key_mask. Read on the host, but
+                for variants whose kernels read packs by themselves: they do not wait for offsets on a device.
             cu_seqlens_context: the same for `context`.
             coordinates: where each token stands, for rotary positions: [L] or [B, L], with "rope2d" [..., L, 2] rows
                 and columns. Default 0, 1, 2, ...; only differences matter.
@@ -171,6 +172,10 @@ class Attention(nn.Module):
 
         if cu_seqlens is None:
             return self._merge_heads(self._attend(q, k, v, key_mask, coordinates, Inputs(x, grid, global_mask)).out)
+
+        if self.convolutions is None and global_mask is None and self.variant.reads_packs(q, v, backend=self.backend):
+            pack = pack_of(q, k, cu_seqlens, cu_seqlens_context)
+            return self._merge_heads(self._attend(q, k, v, None, coordinates, Inputs(x), pack=pack).out)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, rows: Tensor) -> Attended:
             at = None if coordinates is None else _at(coordinates, rows, self.positions == "rope2d")
@@ -276,7 +281,7 @@ class Attention(nn.Module):
         kv = f", kv_heads={self.num_kv_heads}" if self.num_kv_heads != self.num_heads else ""
         return f"{self.variant.name}, dim={self.dim}, heads={self.num_heads}{kv}, causal={self.causal}"
 
-    def _attend(self, q, k, v, key_mask, coordinates, inputs: Inputs) -> Attended:
+    def _attend(self, q, k, v, key_mask, coordinates, inputs: Inputs, **packed: Pack) -> Attended:
         q, k, v = self._prepare(q, k, v, key_mask)
         rotary = None
         if coordinates is not None:
@@ -293,6 +298,7 @@ class Attention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
             inputs=inputs,
+            **packed,
         )
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,14 +2,13 @@
 
 CSV, TSV and other delimited text (with a header line), JSON lines and Parquet; text may be gzipped. Or a data set of
 the Hugging Face hub, written "hub:organisation/name@configuration:split" ("@..." and ":..." may be missing; the split
-is then "train").
+is then "train"), see `hub`. Parquet files that the hub's library wrote know the names of their classes, too.
 """
 
 import csv
 import gzip
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 
 from core.attention.registry import nearest
 from core.training.errors import UserError
+from core.training.hub import HUB, load, named, undecoded
 
-HUB = "hub:"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
 DELIMITED = (".csv", ".tsv", ".tab", ".txt")
@@ -193,31 +192,27 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
     check_columns(str(path), file.schema_arrow.names, columns)
+    features = None
+    if b"huggingface" in (file.schema_arrow.metadata or {}):
+        import datasets
+
+        features = datasets.Features.from_arrow_schema(file.schema_arrow)
 
     def rows() -> Iterator[Row]:
         number = 0
         for batch in file.iter_batches(batch_size=256):
             for values in batch.to_pylist():
                 number += 1
-                yield Row(f"{path}, row {number}", values)
+                yield Row(f"{path}, row {number}", values if features is None else named(values, features))
 
     return rows()
 
 
 def _hub(source: str, columns: Sequence[str]) -> Iterator[Row]:
-    match = re.fullmatch(r"hub:(?P<name>[^@:\s]+)(@(?P<configuration>[^:\s]+))?(:(?P<split>\S+))?", source)
-    if match is None:
-        raise UserError(f"{source!r} must have the form hub:organisation/name@configuration:split")
-    import datasets
-
-    split = match["split"] or "train"
-    try:
-        found = datasets.load_dataset(match["name"], match["configuration"], split=split)
-    except Exception as error:  # the library raises a dozen kinds, its own, the hub's and the network's
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {first}") from error
+    found = undecoded(load(source))
     check_columns(source, found.column_names, columns)
-    return (Row(f"{source}, row {number}", dict(values)) for number, values in enumerate(found, 1))
+    features = found.features
+    return (Row(f"{source}, row {number}", named(dict(values), features)) for number, values in enumerate(found, 1))
 
 
 def _bad(text: str, on_bad: Callable[[str], None] | None) -> None:

@@ -121,7 +121,7 @@ class Gated:
         )  # fmt: skip
         states, blocks = torch.empty_like(sums), -(-self.width * self.values // 1024)
         prefix[(blocks * self.batch * heads,)](
-            sums, totals, sums if first is None else first, end, states, self.parts, blocks,
+            sums, totals, sums if first is None else first, end, states, sums, self.parts, blocks, 1,
             N=self.width * self.values, BLOCK=1024, FIRST=first is not None, DECAY=True, REVERSE=reverse,
             RATES=self.width,
         )  # fmt: skip

@@ -6,6 +6,7 @@ from core.attention.contract import Attended, hide
 from core.attention.feature_projection import featured
 from core.attention.kernels import hybrid
 from core.attention.learned_maps import LearnedMap
+from core.attention.packing import Pack
 
 
 def by_one_kernel(q: Tensor, v: Tensor, tail_q: Tensor, phi, slopes: Tensor | None) -> bool:
@@ -16,8 +17,9 @@ def by_one_kernel(q: Tensor, v: Tensor, tail_q: Tensor, phi, slopes: Tensor | No
 
 
 def fused(
-    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, scale, rotary, state: Tensor | None = None, keep=False
-) -> tuple[Attended, Tensor]:
+    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, scale, rotary, state: Tensor | None = None,
+    keep=False, pack: Pack | None = None,
+) -> tuple[Attended, Tensor]:  # fmt: skip
     """Both parts by one kernel, and the sums of the keys that left the window where they are to be kept."""
     same = tail_q is q and tail_k is k and rotary is None and not isinstance(phi, LearnedMap)
     tails, turned = (None, None), (None, None)
@@ -32,7 +34,8 @@ def fused(
         q, k = rotary[0](q), rotary[1](k)
     weight = gate.float()[None, :, None].expand(q.shape[:3])
     weight = weight if level is None else weight + level
+    packed = () if pack is None else (pack.offsets, pack.longest)
     out, mass, end = hybrid.hybrid_forward(
-        q, k, v, *tails, *turned, key_mask, weight, state, phi.name, window, causal, scale, keep
+        q, k, v, *tails, *turned, key_mask, weight, state, phi.name, window, causal, scale, keep, *packed
     )
     return Attended(out, mass), end

@@ -36,7 +36,7 @@ def test_batches_have_one_size_and_evaluation_changes_nothing(colours):
     one, two = (next(iter(eval_loader(data, "test", batch_size=4))) for _ in range(2))
     assert torch.equal(one["image"], two["image"])
     assert one["part"] == "test"
-    assert {name: tuple(x.shape[2:]) for name, x in one["sizes"].items()} == {
+    assert {name: tuple(x.shape[2:]) for name, (x, _) in one["sizes"].items()} == {
         "at_16x16": (16, 16),
         "at_24x40": (24, 40),
     }

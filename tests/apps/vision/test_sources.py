@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from apps.vision.images import BrokenImage, read_image
 from apps.vision.recipe import DataSection
-from apps.vision.sources import find_items
+from apps.vision.sources import Store, find_items
 from core.training.errors import UserError
 
 
@@ -127,3 +128,37 @@ def test_nothing_to_find_is_said(tmp_path):
     touch(tmp_path, "a.png")
     with pytest.raises(UserError, match=r"no class folders with images \(class/image.jpg\); 1 images lie elsewhere"):
         found(tmp_path)
+
+
+def test_folders_that_are_links_are_followed_but_not_round_in_circles(tmp_path):
+    far = touch(tmp_path / "far", "deep/a.png", "b.png")
+    root = touch(tmp_path / "photos", "dog/c.png")
+    (root / "cat").symlink_to(far)
+    (root / "lynx").symlink_to(far / "deep")  # a folder that another link leads to, too
+    (root / "dog" / "back").symlink_to(root)  # to a folder above
+    (far / "deep" / "self").symlink_to(".")
+    (root / "dog" / "one.png").symlink_to(far / "b.png")
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "gone.png")
+    (root / "empty").symlink_to(tmp_path / "nowhere")
+    some = found(root)
+    assert [(item.name, item.label) for item in some.items] == [
+        ("cat/b.png", "cat"),
+        ("cat/deep/a.png", "cat"),
+        ("dog/c.png", "dog"),
+        ("dog/gone.png", "dog"),
+        ("dog/one.png", "dog"),
+        ("lynx/a.png", "lynx"),
+    ]
+    with pytest.raises(BrokenImage, match="No such file"):
+        read_image(some.store.read("dog/gone.png"), "rgb")
+
+
+def test_two_folders_that_lead_to_each_other_end(tmp_path):
+    root = touch(tmp_path, "a/x.png", "b/y.png")
+    (root / "a" / "b").symlink_to(root / "b")
+    (root / "b" / "a").symlink_to(root / "a")
+    assert [item.name for item in found(root).items] == ["a/b/y.png", "a/x.png", "b/a/x.png", "b/y.png"]
+    (root / "b" / "a").unlink()
+    linked = tmp_path / "linked"
+    linked.symlink_to(root / "a")  # the folder that is given may be a link itself
+    assert Store(linked).names() == ["b/y.png", "x.png"]
