@@ -249,7 +249,8 @@ def load_weights(model: nn.Module, path: str | Path, *, key: str = "model.weight
     try:
         state = load_state_dict(str(path), use_ema=True, weights_only=True)
     except Exception as error:
-        raise UserError(f"{key}: {path} holds no weights ({str(error).splitlines()[0]})") from error
+        said = "" if "weights_only" in str(error) else f" ({str(error).splitlines()[0]})"
+        raise UserError(f"{key}: {path} holds no weights{said}; .safetensors and .pth are read") from error
     import sys
 
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from benchmarks.gpu.packed import NAMES
+
 OURS = "longspan triton"
 FLASH = ("sdpa flash_attention", "sdpa cudnn_attention", "flash-attn")
 BOTH = ("forward_ms", "both_ms")
@@ -37,6 +39,7 @@ AIMS = (
     Aim("hybrid", "softmax", FLASH, ("both_ms",), 10.0, 65536, 65536),
     Aim("window", "window", ("longspan flex", "flash-attn"), BOTH, 1.0),
     Aim("window2d", "window2d", ("longspan flex",), BOTH, 1.0),
+    *(Aim(name, name, ("longspan triton, padded",), BOTH, 1.0) for name in NAMES),
     Aim("linear causal", "softmax", FLASH, ("both_ms",), 1.0, 2048, 131072),
 )
 ROOFLINE = ("linear both", 0.7)

@@ -7,7 +7,7 @@ own (fla's decay has no normaliser) are timed and named, not compared.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu.packed import NAMES as PACKED
+from benchmarks.gpu.packed import by_offsets, by_padding
 from core.attention import hybrid_attention, linear_attention, sliding_window_attention
 from core.attention.backends import resolve
 from core.attention.contract import Heads, Inputs
 from core.attention.feature_maps import feature_map
-from core.attention.positions import alibi_slopes
+from core.attention.learned_maps import Focused
+from core.attention.positions import Rotation, alibi_slopes
 from core.attention.registry import build, variant_class
+from core.attention.variants import linear
 from core.attention.variants.hybrid import merged
 
 WINDOW = 128
@@ -104,7 +108,28 @@ def _image(q, k, v, backend):
     return variant(q, k, v, backend=backend, inputs=Inputs(None, (rows, q.shape[2] // rows))).out
 
 
+@cache
+def _focused_map(heads: Heads, device: torch.device) -> Focused:
+    return Focused(heads, heads.width).to(device)
+
+
+def _focused(q, k, v, backend):
+    phi = _focused_map(Heads(q.shape[1], k.shape[1], q.shape[3], v.shape[3]), q.device)
+    return linear.attend(q, k, v, phi.to(torch.promote_types(q.dtype, torch.float32)), causal=True, backend=backend)[
+        0
+    ].out
+
+
 RECURRENCES = ("vector decay", "delta", "gated delta")
+RINGS = ("window", "hybrid", "hybrid rotary")
+"""What decodes from a ring of the last keys."""
+
+
+def ringed(group: str, q, at: torch.Tensor):
+    """(variant, rotary) of a group of `RINGS`, for tokens of q's heads that stand at `at`."""
+    heads = Heads(q.shape[1], q.shape[1], q.shape[3], q.shape[3])
+    variant = build(group.removesuffix(" rotary"), heads, window=WINDOW).to(q.device)
+    return variant, (Rotation(at), Rotation(at)) if group.endswith("rotary") else None
 
 
 def _pattern(q, k, v, name, backend):
@@ -117,7 +142,8 @@ def pairs(group: str, length: int) -> float:
     if group in SPARSE:
         return build(group, Heads(1, 1, 1, 1), **SPARSE[group]).cost(1, length, causal=True).flops / (4 * length)
     exact = {"softmax": length / 2, "window": WINDOW, "window2d": (2 * SIDE - 1) ** 2}
-    return (exact | {"hybrid": WINDOW, "hybrid both": 2 * WINDOW}).get(group, 0)
+    exact |= {"hybrid": WINDOW, "hybrid both": 2 * WINDOW, "window packs": WINDOW, "hybrid packs": WINDOW}
+    return exact.get(group, 0)
 
 
 REFERENCES = {
@@ -125,6 +151,8 @@ REFERENCES = {
     "linear causal": partial(linear_attention, causal=True, backend="reference"),
     "linear both": partial(linear_attention, backend="reference"),
     "linear decay": partial(_decayed, backend="reference"),
+    "linear focused": partial(_focused, backend="reference"),
+    **{name: partial(by_padding, group=name, near=WINDOW, backend="reference") for name in PACKED},
     "scalar decay": partial(_scan, backend="reference"),
     "window": partial(sliding_window_attention, window=WINDOW, causal=True, backend="reference"),
     "window2d": partial(_image, backend="reference"),
@@ -144,6 +172,7 @@ def ours() -> list[Contender]:
             add("linear causal", linear_attention, causal=True),
             add("linear both", linear_attention),
             add("linear decay", _decayed),
+            add("linear focused", _focused),
             add("scalar decay", _scan),
             add("window", sliding_window_attention, window=WINDOW, causal=True),
             add("window2d", _image),
@@ -154,6 +183,12 @@ def ours() -> list[Contender]:
     for group, causal in (("hybrid", True), ("hybrid both", False)):
         two = partial(_hybrid_by_two, causal=causal)
         made.append(Contender("longspan triton, two kernels", group, two, group))
+    for name in PACKED:
+        given = {"group": name, "near": WINDOW}
+        made.append(Contender("longspan triton", name, partial(by_offsets, **given), name))
+        for backend, longest in (("triton", 1 << 20), ("torch", LOOPING)):
+            padded = partial(by_padding, **given, backend=backend)
+            made.append(Contender(f"longspan {backend}, padded", name, padded, name, longest))
     made.append(_ours("window", sliding_window_attention, "flex", window=WINDOW, causal=True))
     made.append(_ours("window2d", _image, "flex"))
     return made + [_ours(name, _pattern, backend, name=name) for name in SPARSE for backend in ("flex", "torch")]

@@ -23,11 +23,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, step, window, window2d
+from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, ring_step, step, window, window2d
 
 ARCHES = {80: "ampere", 90: "hopper"}
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "bool": "u8", "int32": "i32"}
-LENGTH, HEADS, KEY_HEADS = 4096, 8, 4
+TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "uint8": "u8",
+    "bool": "u8",
+    "int32": "i32",
+    "int64": "i64",
+}
+LENGTH, HEADS, KEY_HEADS, SEQUENCES = 4096, 8, 4, 16
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -43,17 +51,36 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
     mask, end = made(1, LENGTH, dtype=torch.bool), made(1, KEY_HEADS, width, width, dtype=torch.float32)
     sums, one = made(1, KEY_HEADS, width, width + 1, dtype=torch.float32), [x[:, :, :1] for x in (q, k, v)]
     rates = made(*keys, dtype=torch.float32)
+    packed = made(SEQUENCES + 1, dtype=torch.int64), None, LENGTH
     gates = made(*keys, width, dtype=torch.float32)
 
     def raw(operator: Any, *args) -> None:
         operator._init_fn(*args)
 
     def by_linear(direction: str, phi: str = "elu", narrow: int = width):
+        factor = made(KEY_HEADS, width, dtype=torch.float32) if phi == "focused" else None
         a, c = made(*rows, narrow), made(*keys, narrow)
-        state = made(1, KEY_HEADS, linear.phi_named(phi).width(narrow), width + 1, dtype=torch.float32)
-        raw(linear.linear_forward, a, c, v, mask, None, None, None, phi, direction, 0, True)
-        given = a, c, v, out, mass, state, mask, None, None, None
-        raw(linear.linear_backward, out, mass, None, *given, phi, direction, 0, True)
+        state = made(
+            1, KEY_HEADS, linear.phi_named(linear.seen_by_sums(phi)).width(narrow), width + 1, dtype=torch.float32
+        )
+        raw(linear.linear_forward, a, c, v, mask, None, None, None, phi, direction, 0, True, factor)
+        given = a, c, v, out, mass, state, mask, None, None, None, factor, None, None
+        raw(linear.linear_backward, out, mass, None, *given, phi, direction, 0, True, 0)
+
+    def by_linear_packs(direction: str):
+        raw(linear.linear_forward, q, k, v, *[None] * 4, "elu", direction, 0, True, None, *packed)
+        end = sums.expand(SEQUENCES, -1, -1, -1)
+        given = q, k, v, out, mass, end, *[None] * 5, *packed[:2]
+        raw(linear.linear_backward, out, mass, None, *given, "elu", direction, 0, True, packed[2])
+
+    def by_window_packs():
+        raw(window.window_forward, q, k, v, None, None, 128, True, 0.1, *packed[::2])
+        raw(window.window_backward, out, mass, q, k, v, out, mass, None, None, 128, True, 0.1, *packed[::2])
+
+    def by_hybrid_packs():
+        given = q, k, v, *[None] * 5, mass, None
+        raw(hybrid.hybrid_forward, *given, "elu", 128, True, 0.1, False, *packed[::2])
+        raw(hybrid.hybrid_backward, out, mass, None, *given, out, mass, "elu", 128, True, 0.1, *packed[::2])
 
     def by_hybrid(causal: bool, phi: str = "elu", narrow: int | None = None, turned: bool = False):
         tails = (None, None) if narrow is None else (made(*rows, narrow), made(*keys, narrow))
@@ -83,25 +110,50 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         chunks.solve(None)
         chunks.gradient(q, wide, end)
 
-    def by_step():
-        raw(step.linear_step, *one, mask[:, :1], None, sums, None, "elu", True)
+    def by_step(turned: bool = False):
+        at = (made(1, 1, dtype=torch.int64),) * 2 if turned else ()
+        raw(step.linear_step, *one, mask[:, :1], None, sums, None, "elu", True, *at)
+        if turned:
+            return
         raw(step.delta_step, *one, rates[:, :, :1], rates[:, :, :1], end)
+
+    def by_ring(hybrid: bool, turned: bool = False, phi: str = "elu", narrow: int = width):
+        ring = made(1, KEY_HEADS, 128, width), made(1, KEY_HEADS, 128, width), made(1, 128, dtype=torch.bool)
+        if not hybrid:
+            raw(ring_step.window_step, *one, mask[:, :1], None, *ring, 0.1)
+            return
+        tails = made(1, HEADS, 1, narrow), made(1, KEY_HEADS, 1, narrow)
+        features = linear.phi_named(phi).width(narrow)
+        states = made(1, KEY_HEADS, features, width + 1, dtype=torch.float32), made(1, dtype=torch.float32)
+        at = (made(1, 1, dtype=torch.int64),) * 2 if turned else (None, None)
+        given = *tails, mask[:, :1], made(HEADS, dtype=torch.float32), None, None, *ring, *states, *at
+        raw(ring_step.hybrid_step, *one, *given, phi, 0.1, 1e4, False, turned)
 
     return {
         "linear past": lambda: by_linear("past"),
         "linear both": lambda: by_linear("both"),
         "linear past, taylor 16": lambda: by_linear("past", "taylor", 16),
+        "linear past, focused": lambda: by_linear("past", "focused"),
+        "linear past, packs": lambda: by_linear_packs("past"),
+        "linear both, packs": lambda: by_linear_packs("both"),
         "decay": by_decay,
         "vector decay": by_gated,
         "delta": lambda: by_delta(rates),
         "vector delta": lambda: by_delta(gates),
         "window causal": by_window,
+        "window causal, packs": by_window_packs,
         "window 2-D": by_window2d,
         "hybrid causal": lambda: by_hybrid(True),
         "hybrid two-sided": lambda: by_hybrid(False),
         "hybrid causal, rotary": lambda: by_hybrid(True, turned=True),
         "hybrid causal, taylor 16": lambda: by_hybrid(True, "taylor", 16),
+        "hybrid causal, packs": by_hybrid_packs,
         "step": by_step,
+        "step, rotary": lambda: by_step(turned=True),
+        "window step": lambda: by_ring(False),
+        "hybrid step": lambda: by_ring(True),
+        "hybrid step, rotary": lambda: by_ring(True, turned=True),
+        "hybrid step, taylor 16": lambda: by_ring(True, phi="taylor", narrow=16),
     }
 
 

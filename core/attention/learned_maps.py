@@ -140,6 +140,10 @@ class Focused(LearnedMap):
         super().__init__(heads, width, width)
         self.scale = nn.Parameter(torch.zeros(heads.key, width))
 
+    def factor(self) -> Tensor:
+        """1 / softplus(s) [K, D] in float32, for kernels that compute the rest."""
+        return 1 / F.softplus(self.scale.float())
+
     def _features(self, q, k):
         of_keys = self.scale.unsqueeze(-2)
         return self._one(q, of_keys.repeat_interleave(self.heads.group, 0)), self._one(k, of_keys), None

@@ -2,18 +2,73 @@
 
     x        a0 a1 a2 | b0 | c0 c1        cu_seqlens = [0, 3, 4, 6]
 
-Sequences are unpacked into a few batches padded on the right, one per power of two of their length, so at most half of
-the rows are padding however ragged the pack is, and any mechanism that honours a key mask serves packs exactly. One
-whose pattern depends on the whole length asks for batches without padding.
+A variant whose kernels read the offsets takes the pack as it is (`Pack`). For any other, sequences are unpacked into a
+few batches padded on the right, one per power of two of their length, so at most half of the rows are padding however
+ragged the pack is, and any mechanism that honours a key mask serves packs exactly. One whose pattern depends on the
+whole length asks for batches without padding.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from core.attention.contract import Attended
+
+
+class Pack(NamedTuple):
+    """Where the sequences of a pack begin, for kernels that read it.
+
+    offsets: [N + 1] integers on the device of the pack; sequence n owns rows offsets[n] to offsets[n + 1].
+    keys: the same for keys; the same tensor where rows and keys are one.
+    longest: rows or keys of the longest sequence, at most.
+    """
+
+    offsets: Tensor
+    keys: Tensor
+    longest: int
+
+    def reversed(self) -> "Pack":
+        """The same pack, its rows from the last to the first."""
+        offsets, keys = (one[-1] - one.flip(0) for one in (self.offsets, self.keys))
+        return Pack(offsets, keys, self.longest)
+
+    def seen(self, rows: int, direction: str, offset: int) -> Tensor:
+        """Keys of its own sequence that each row [T] sees, in a direction of `core.attention.blocked.linear`."""
+        row = torch.arange(rows, device=self.offsets.device)
+        own = torch.searchsorted(self.offsets[1:].contiguous(), row, right=True)
+        keys, at = self.keys.diff()[own], row - self.offsets[own] + offset
+        if direction == "both":
+            return keys
+        return torch.minimum((at + 1).clamp(min=0), keys) if direction == "past" else keys - torch.minimum(at, keys)
+
+
+def pack_of(q: Tensor, k: Tensor, offsets: Tensor, key_offsets: Tensor | None = None) -> Pack:
+    """The `Pack` of queries [1, H, T, D] and keys [1, K, U, D]; offsets as in `attend_packed`.
+
+    Offsets on the host are checked there, and say how long the longest sequence is. Those on a device, and those of a
+    compiled program, are checked on the device, without waiting for it.
+
+    Raises:
+        ValueError: offsets do not describe the pack.
+    """
+    given = [(offsets, q.shape[2], "cu_seqlens")]
+    if key_offsets is not None:
+        given.append((key_offsets, k.shape[2], "cu_seqlens of the context"))
+    longest, placed = 0, []
+    for one, total, name in given:
+        if one.device.type == "cpu" and not torch.compiler.is_compiling():
+            longest = max(longest, 0, *_spans(one, total, name)[1])
+        else:
+            _check_shape(one, name)
+            right = (one[0] == 0) & (one[-1] == total) & (one.diff() >= 0).all()
+            torch.ops.aten._assert_async.msg(right, f"{name} must rise from 0 to {total}, the packed length")
+            longest = max(longest, total)
+        placed.append(one.to(q.device, non_blocking=True))
+    _check_number(q, placed[0].shape[0] - 1, placed[-1].shape[0] - 1)
+    return Pack(placed[0], placed[-1], longest)
 
 
 def attend_packed(
@@ -47,11 +102,7 @@ def attend_packed(
     key_starts, key_lengths = (
         (starts, lengths) if same else _spans(key_offsets, k.shape[2], "cu_seqlens of the context")
     )
-    if q.shape[0] != 1 or len(key_lengths) != len(lengths):
-        raise ValueError(
-            f"a pack has batch 1 and as many key as query sequences, got batch {q.shape[0]}, "
-            f"{len(lengths)} and {len(key_lengths)} sequences"
-        )
+    _check_number(q, len(lengths), len(key_lengths))
     out = v.new_zeros(1, q.shape[1], q.shape[2], v.shape[3])
     mass = None
     groups: dict[tuple[int, int], list[int]] = {}
@@ -78,9 +129,21 @@ def attend_packed(
     return Attended(out, mass)
 
 
-def _spans(offsets: Tensor, total: int, name: str) -> tuple[list[int], list[int]]:
+def _check_number(q: Tensor, sequences: int, key_sequences: int) -> None:
+    if q.shape[0] != 1 or key_sequences != sequences:
+        raise ValueError(
+            f"a pack has batch 1 and as many key as query sequences, got batch {q.shape[0]}, "
+            f"{sequences} and {key_sequences} sequences"
+        )
+
+
+def _check_shape(offsets: Tensor, name: str) -> None:
     if offsets.dim() != 1 or offsets.numel() < 1 or offsets.is_floating_point():
         raise ValueError(f"{name} must be integers [N + 1], got {offsets.dtype} {list(offsets.shape)}")
+
+
+def _spans(offsets: Tensor, total: int, name: str) -> tuple[list[int], list[int]]:
+    _check_shape(offsets, name)
     at = offsets.tolist()
     if at[0] != 0 or at[-1] != total or any(b < a for a, b in pairwise(at)):
         raise ValueError(

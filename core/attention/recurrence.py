@@ -10,6 +10,7 @@ and position t reads decay_t(S_{t+1}) before it writes. So the diagonal counts o
 is e^{-rate |i - j|} on both sides. Both directions share their weights.
 """
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.attention import kernels
-from core.attention.backends import implementation, resolve
+from core.attention.backends import honours, implementation, resolve
 from core.attention.blocked import full_precision
 from core.attention.blocked.scan import CHUNK, scan
 from core.attention.contract import (
@@ -33,6 +34,7 @@ from core.attention.contract import (
     hide,
     repeat_heads,
 )
+from core.attention.packing import Pack
 
 LEAST_GATE = -50.0
 """Log-gates are clamped here: e^-50 forgets all that float32 can hold, and a sum of such gates keeps its digits."""
@@ -62,16 +64,19 @@ for _kind in CHUNK:
     implementation(_kind, "torch", serves=("state", "wide features"))(scan)
 
 
-def _triton(kind, q, k, v, *gates, state=None):
+def _triton(kind, q, k, v, *gates, state=None, pack=None):
     from core.attention.kernels import decay, delta, gated
 
+    if pack is not None:
+        return decay.scan(q, k, v, *gates, state=state, pack=pack)
     fused = delta if kind.endswith("delta") else decay if kind == "decay" else gated
     return fused.scan(q, k, v, *gates, state=state)
 
 
 if kernels.PRESENT:
     for _kind in CHUNK:
-        implementation(_kind, "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+        serves = ("state", "packs") if _kind == "decay" else ("state",)
+        implementation(_kind, "triton", serves=serves, devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
 def _needs(q: Tensor, state: Tensor | None) -> tuple[str, ...]:
@@ -109,6 +114,8 @@ class Recurrence(Variant):
     activation: ClassVar = staticmethod(F.silu)
     exclusive: ClassVar[bool] = False
     """Whether a position reads the state before its own decay and write."""
+    by_position: ClassVar[bool] = True
+    """Whether all but the scan looks at one position at a time, so that a pack needs no more than a scan of packs."""
 
     def __init__(self, heads: Heads, *, norm: bool = True, gate: bool = True):
         super().__init__(heads)
@@ -140,12 +147,16 @@ class Recurrence(Variant):
         return_mass=False,
         backend="auto",
         inputs=NO_INPUTS,
+        pack=None,
     ) -> Attended:
         parts = self._parts(q, k, v, key_mask, rotary, inputs)
-        out, _ = self._run(parts, None, backend, v.dtype)
+        out, _ = self._run(parts, None, backend, v.dtype, pack)
         if not causal:
-            out = out + self._from_the_end(parts, backend, v.dtype)
-        return Attended(self.finish(self._with_own(out, parts, v), v, inputs), None)
+            out = out + self._from_the_end(parts, backend, v.dtype, pack)
+        return Attended(self.finish(self._with_own(out, parts, hide(v, key_mask)), v, inputs), None)
+
+    def reads_packs(self, q, v, *, backend="auto") -> bool:
+        return self.by_position and honours(self.kind, "packs", backend, q, v, _needs(q, None))
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         h, acc = self.heads, accumulator(dtype or torch.float32)
@@ -156,7 +167,7 @@ class Recurrence(Variant):
     ):
         parts = self._parts(q, k, v, key_mask, rotary, inputs)
         out, end = self._run(parts, state["sum"], backend, v.dtype)
-        return Attended(self.finish(self._with_own(out, parts, v), v, inputs), None), {"sum": end}
+        return Attended(self.finish(self._with_own(out, parts, hide(v, key_mask)), v, inputs), None), {"sum": end}
 
     def finish(self, out: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """What was read [B, H, L, E] -> the head's output in the dtype of v."""
@@ -214,45 +225,50 @@ class Recurrence(Variant):
             q, k = rotary[0](q), rotary[1](k)
         return q, k, *rest
 
-    def _run(self, parts, state: Tensor | None, backend: str, given: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Resolve and run; given: the dtype of the layer's values."""
-        run = _resolved(self.kind, backend, parts[0], state, given)
+    def _run(self, parts, state: Tensor | None, backend: str, given: torch.dtype, pack: Pack | None = None):
+        """Resolve and run, (out, last state); given: the dtype of the layer's values."""
+        run = _resolved(self.kind, backend, parts[0], state, given, pack)
         return _before(run, self.kind, *parts, state=state) if self.exclusive else run(self.kind, *parts, state=state)
 
-    def _from_the_end(self, parts, backend: str, given: torch.dtype) -> Tensor:
+    def _from_the_end(self, parts, backend: str, given: torch.dtype, pack: Pack | None = None) -> Tensor:
         q, k, v, g, *beta = (part.flip(2) for part in parts)
         if not self.exclusive:
             decay = repeat_heads(g.unsqueeze(-1) if g.dim() == 3 else g, q.shape[1])
             q = q * decay.exp()
-        run = _resolved(self.kind, backend, q, None, given)
-        return _before(run, self.kind, q, k, v, g, *beta)[0].flip(2)
+        pack = None if pack is None else pack.reversed()
+        run = _resolved(self.kind, backend, q, None, given, pack)
+        return _before(run, self.kind, q, k, v, g, *beta, pack=pack)[0].flip(2)
 
 
-def _resolved(kind: str, backend: str, q: Tensor, state: Tensor | None, given: torch.dtype):
+def _resolved(kind: str, backend: str, q: Tensor, state: Tensor | None, given: torch.dtype, pack: Pack | None = None):
     """What runs the scan; kernels take queries, keys and values as the layer has them, gates and state in float32."""
-    choice = resolve(kind, backend, q.device.type, q.dtype, _needs(q, state))
+    choice = resolve(kind, backend, q.device.type, q.dtype, _needs(q, state) + ("packs",) * (pack is not None))
+    run = choice.run if pack is None else partial(choice.run, pack=pack)
     if choice.name != "triton" or given not in kernels.DTYPES:
-        return choice.run
+        return run
     # Products of widened halves would run on the slow units of a GPU. Sums, gates and states stay float32 there too.
-    return lambda kind, *parts, state=None: choice.run(
-        kind, *(part.to(given) for part in parts[:3]), *parts[3:], state=state
-    )
+    return lambda kind, *parts, state=None: run(kind, *(part.to(given) for part in parts[:3]), *parts[3:], state=state)
 
 
-def _before(run, kind: str, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, state: Tensor | None = None):
+def _before(run, kind: str, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, state=None, pack: Pack | None = None):
     """Let every position read what the state was before its decay and write."""
+    begins = _is_first(q, pack)
     if state is None:
         first = torch.zeros_like(q[:, :, :1, :1]).expand(-1, -1, -1, v.shape[3])
     else:
         first = q[:, :, :1].to(state.dtype) @ repeat_heads(state, q.shape[1])
     # The state before position t is the one after t - 1, so the queries move up by one. Rolled rather than sliced:
     # torch.export would exclude the length at which a slice is a single row.
-    out, end = run(kind, q.roll(-1, 2), k, v, *gates, state=state)
-    return torch.where(_is_first(out), first.to(out.dtype), out.roll(1, 2)), end
+    moved = q.roll(-1, 2)
+    if pack is not None:  # the last position of a sequence has no query of its own to answer, whatever comes next
+        moved = torch.where(begins.roll(-1, 0), 0.0, moved)
+    out, end = run(kind, moved, k, v, *gates, state=state)
+    return torch.where(begins, first.to(out.dtype), out.roll(1, 2)), end
 
 
-def _is_first(x: Tensor) -> Tensor:
-    return (torch.arange(x.shape[2], device=x.device) == 0)[:, None]
+def _is_first(x: Tensor, pack: Pack | None) -> Tensor:
+    at = torch.arange(x.shape[2], device=x.device)
+    return (at == 0 if pack is None else torch.isin(at, pack.offsets))[:, None]
 
 
 def silent(gate: Tensor, key_mask: Tensor | None) -> Tensor:

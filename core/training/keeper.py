@@ -87,6 +87,7 @@ class Keeper(Checkpoint):
             task.loss_sum = None if sums["loss"] is None else sums["loss"].to(task.device)
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]
+            task.extra_counts = sums.get("counts") or dict.fromkeys(task.extra_sums, task.batches)
             set_random_state(self.resumed["random"])
             self.resumed = None
         self.stop.install()
@@ -165,7 +166,12 @@ class Keeper(Checkpoint):
             "seconds": self.meter.seconds,
             "random": self.random,
             "average": None if task.average is None else task.average.state_dict(),
-            "sums": {"loss": task.loss_sum, "extras": task.extra_sums, "batches": task.batches},
+            "sums": {
+                "loss": task.loss_sum,
+                "extras": task.extra_sums,
+                "counts": task.extra_counts,
+                "batches": task.batches,
+            },
         }
 
     # -- the end of an epoch ---------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from core.attention.blocked import batches, full_precision
 from core.attention.blocked.pairs import join_sums
 from core.attention.contract import accumulator
 from core.attention.feature_maps import feature_map
+from core.attention.packing import Pack
 
 CHUNK = {"both": 512, "past": 128, "future": 128}
 """Positions per chunk, measured best on 2 CPU cores at D = E = 64 (2026-11-21); never keyed on the length."""
@@ -137,13 +138,17 @@ class _Chunks:
         return state
 
 
-def least_denominator(q, k, key_mask, count, name: str, direction: str, offset: int) -> Tensor:
+def least_denominator(
+    q, k, key_mask, count, name: str, direction: str, offset: int, pack: Pack | None = None
+) -> Tensor:
     """Lower bound [B or 1, 1, L] of the denominator: a share of the visible keys, for maps that can vanish."""
     acc = accumulator(q.dtype)
     smallest = torch.finfo(acc).tiny
     share = feature_map(name).floor
     if not share:
         return torch.full((1, 1, q.shape[2]), smallest, dtype=acc, device=q.device)
+    if pack is not None:
+        return (pack.seen(q.shape[2], direction, offset).to(acc) * share).clamp_(min=smallest)[None, None]
     real = torch.ones(1, k.shape[2], device=q.device) if key_mask is None else key_mask
     upto = torch.nn.functional.pad(real.to(acc).cumsum(-1), (1, 0))
     if direction == "both":

@@ -110,7 +110,7 @@ def join_sums(forward: Any, backward: Any) -> None:
     join(forward, backward, shapes, like_inputs, setup, gradients)
 
 
-def join_scan(forward: Any, backward: Any, kept: int = 0) -> None:
+def join_scan(forward: Any, backward: Any, kept: int = 0, packs: bool = False) -> None:
     """Register `backward` as the gradient of `forward`, a gated recurrence by a kernel, in float32.
 
     Args:
@@ -118,23 +118,29 @@ def join_scan(forward: Any, backward: Any, kept: int = 0) -> None:
         backward: (d_out, d_end, q, k, v, *gates, state or None, last state, *kept) -> gradients of q, k, v, the gates
             and the first state.
         kept: outputs that only the backward wants.
+        packs: both also take the offsets of a pack or None, and its longest; then the states hold nothing.
     """
+    tail = 2 if packs else 0
 
-    def shapes(q: Tensor, k: Tensor, v: Tensor, *_):
+    def shapes(q: Tensor, k: Tensor, v: Tensor, *given):
         out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
         end = q.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
+        if packs and len(given) > 3 and given[-2] is not None:
+            end = end.new_empty(0)
         return out, end, *like(*[v] * kept)
 
     def setup(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[2:])
+        inputs, ctx.pack = inputs[: len(inputs) - tail], inputs[len(inputs) - tail :]
         ctx.started = inputs[-1] is not None
         ctx.save_for_backward(*inputs, *output[1:])
 
     def gradients(ctx, d_out, d_end, *_):
-        *grads, d_state = backward(d_out, d_end, *ctx.saved_tensors)
-        return *grads, d_state if ctx.started else None
+        *grads, d_state = backward(d_out, d_end, *ctx.saved_tensors, *ctx.pack)
+        return *grads, d_state if ctx.started else None, *([None] * tail)
 
     def like_inputs(d_out, d_end, *tensors):
+        tensors = tensors[: len(tensors) - tail] if packs and not isinstance(tensors[-1], Tensor) else tensors
         *inputs, _, end = tensors[: len(tensors) - kept]
         return *like(*inputs), torch.empty_like(end)
 

@@ -37,8 +37,19 @@ def monomials(f, D: tl.constexpr):
 
 
 @triton.jit
-def features(x, at, ok, f, D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr):
-    """phi [rows, features] in float32 of the rows that begin at x + at; 0 where not ok."""
+def _directed(value, factor, here):
+    """(r over its largest number, that number, the length of the first, that of its cube) for the map focused."""
+    r = tl.where(here, (tl.maximum(value, 0.0) + 1e-6) * factor[None, :], 0.0)
+    top = tl.maximum(tl.max(r, 1), 1e-30)[:, None]
+    share = r / top
+    cube = share * share * share
+    length, of = tl.sqrt(tl.sum(share * share, 1)), tl.sqrt(tl.sum(cube * cube, 1))
+    return share, top, tl.maximum(length, 1e-30)[:, None], tl.maximum(of, 1e-30)[:, None]
+
+
+@triton.jit
+def features(x, at, ok, f, D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, factor=None):
+    """phi [rows, features] in float32 of the rows that begin at x + at; 0 where not ok. factor: of `factor_of`."""
     here = ok[:, None] & (f < F)[None, :]
     if MAP == "taylor":
         first, second, factor = monomials(f, D)
@@ -53,7 +64,18 @@ def features(x, at, ok, f, D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr):
             phi = tl.maximum(phi, 0.0)
         if MAP == "silu":
             phi = phi / (1 + tl.exp(-phi))
+        if MAP == "focused":
+            share, top, length, of = _directed(phi, factor, here)
+            phi = share * share * share * (top * length / of)
     return phi
+
+
+@triton.jit
+def factor_of(factors, kept, f, F: tl.constexpr, MAP: tl.constexpr):
+    """The factor [features] of a key head for the map focused, which other maps have not."""
+    if MAP == "focused":
+        return tl.load(factors + kept * F + f, mask=f < F, other=0.0)
+    return tl.zeros_like(f).to(tl.float32)
 
 
 @triton.jit
@@ -80,6 +102,29 @@ def through_features(
             gate = 1 / (1 + tl.exp(-value))
             d = d * gate * (1 + value * (1 - gate))
     return d
+
+
+@triton.jit
+def through_focused(x, at, ok, f, d, factor, F: tl.constexpr):
+    """The gradients at x [rows, F] and at the factor [F] from d [rows, F] at the map focused of x."""
+    here = ok[:, None] & (f < F)[None, :]
+    value = tl.load(x + at[:, None] + f[None, :], mask=here, other=0.0).to(tl.float32)
+    share, _, length, of = _directed(value, factor, here)
+    unit = share * share * share / of
+    along = tl.sum(d * unit, 1)[:, None]
+    d = along * share / length + 3 * length / of * share * share * (d - unit * along)
+    d = tl.where(here, d, 0.0)
+    return tl.where(value > 0, d * factor[None, :], 0.0), tl.sum(d * (tl.maximum(value, 0.0) + 1e-6), 0)
+
+
+@triton.jit
+def weights(a, c, D: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """(phi(q) phi(k)^T, its derivative by q k^T) from features, or for Taylor from q and k themselves."""
+    s = product(a, tl.trans(c), DOT, PRECISION)
+    if MAP == "taylor":
+        s *= D**-0.5
+        return 1 + s + 0.5 * s * s, (1 + s) * D**-0.5
+    return s, tl.zeros_like(s)
 
 
 @triton.jit

@@ -57,7 +57,7 @@ reports for sm_90a (2026-11-25); not yet timed on a GPU."""
 
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `core.attention.blocked.scan.scan("vector_decay", ...)`."""
-    if state is not None and is_step(q, k, v, state) and not (torch.is_grad_enabled() and g.requires_grad):
+    if state is not None and is_step(q, k, v, state, g):
         return decay_step(q, k, v, g, state)
     return gated_forward(q, k, v, g, state)
 
@@ -121,7 +121,7 @@ class Gated:
         )  # fmt: skip
         states, blocks = torch.empty_like(sums), -(-self.width * self.values // 1024)
         prefix[(blocks * self.batch * heads,)](
-            sums, totals, sums if first is None else first, end, states, self.parts, blocks,
+            sums, totals, sums if first is None else first, end, states, sums, self.parts, blocks, 1,
             N=self.width * self.values, BLOCK=1024, FIRST=first is not None, DECAY=True, REVERSE=reverse,
             RATES=self.width,
         )  # fmt: skip

@@ -8,13 +8,17 @@ rotated features [B, H, L, F] and [B, K, M, F], read where TURN; H heads, GROUP 
 the window, T keys that the tail may hold; `size` positions per segment, `parts` segments of keys and `row_parts` of
 rows. A state is S [F, E], then z [F]. D, G, F, E widths, DP, XP, FP, EP the blocks over them, XP that of what a pair's
 weight is made from: a and c for Taylor features, else phi of them. BM rows and BN keys at once, BT columns of a state.
+`blocks` programs per head.
+
+PACK: the batch is one, L = M are all rows, and block or segment are a line of `table` (`packs`): pointers move to its
+sequence, and lengths become that sequence's own; its states begin at `slots` of it among the `parts` of all.
 """
 
 import triton
 import triton.language as tl
 
-from core.attention.kernels.features import features, product
-from core.attention.kernels.linear_sweeps import weights
+from core.attention.kernels.features import features, product, weights
+from core.attention.kernels.packs import line, pieces
 from core.attention.kernels.window import LOG2E, real, scores, tile
 
 
@@ -35,11 +39,11 @@ def pair_operand(c, at, ok, n, G: tl.constexpr, F: tl.constexpr, MAP: tl.constex
 
 @triton.jit
 def write(
-    a, x, v, mask, gate, mass, delta, sums, ab, ah, al, xb, xh, xl, vb, vh, vl, gb, gh, gl, mb, H, N, parts, size,
-    tiles,
+    a, x, v, mask, gate, mass, delta, table, sums, ab, ah, al, xb, xh, xl, vb, vh, vl, gb, gh, gl, mb,
+    H, N, parts, size, tiles,
     G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    MAP: tl.constexpr, MASK: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MAP: tl.constexpr, MASK: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the N positions of one segment add to the state, or, ROWS, to its gradient; BT columns of the values."""
     pid = tl.program_id(0)
@@ -52,12 +56,20 @@ def write(
     v += b * vb + h * vh
     gate += b * gb + h * gh
     mask += b * mb
-    for n0 in range(part * size, tl.minimum(N, (part + 1) * size), BN):
+    begin, head = part * size, bh.to(tl.int64) * N
+    if PACK:
+        _, begin, start, _, _, _, N, _, _ = line(table, part)
+        a += start * al
+        x += start * xl
+        v += start * vl
+        gate += start * gl
+        head += start
+    for n0 in range(begin, tl.minimum(N, begin + size), BN):
         n = n0 + tl.arange(0, BN)
         at, ok = n.to(tl.int64), n < N
         value = tile(v, at * vl, ok, e, E)
         if ROWS:
-            place = bh.to(tl.int64) * N + at
+            place = head + at
             far = far_factor(gate, at * gl, tl.load(mass + place, mask=ok, other=float("-inf")), ok)
             phi = features(a, at * al, ok, f, G, F, MAP) * far[:, None]
             z -= tl.sum(phi * tl.load(delta + place, mask=ok, other=0.0)[:, None], 0)
@@ -123,20 +135,17 @@ def _gather(
 
 @triton.jit
 def forward(
-    q, k, v, a, c, x, y, mask, gate, past, future, out, mass,
+    q, k, v, a, c, x, y, mask, gate, table, slots, past, future, out, mass,
     qb, qh, ql, kb, kh, kl, vb, vh, vl, ab, ah, al, cb, ch, cl, xb, xh, xl, yb, yh, yl, gb, gh, gl, mb,
-    H, GROUP, L, M, W, scale, T, size, parts, row_parts,
+    H, GROUP, L, M, W, scale, T, size, parts, row_parts, blocks,
     D: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, XP: tl.constexpr,
     FP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, MAP: tl.constexpr,
-    CAUSAL: tl.constexpr, STATE: tl.constexpr, MASK: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr,
-    NEAR: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, STATE: tl.constexpr, MASK: tl.constexpr, TURN: tl.constexpr, PACK: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and log mass of BM rows."""
-    blocks = tl.cdiv(L, BM)
     bh, i0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM
-    b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), (bh // GROUP).to(tl.int64)
-    d, e, p, f, i = tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, XP), tl.arange(0, FP), i0 + tl.arange(0, BM)
-    at, row, t, behind = i.to(tl.int64), i < L, i + (M - L), M - L - W
+    b, h, spot, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP * parts, bh.to(tl.int64) * L
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -145,6 +154,22 @@ def forward(
     x += b * xb + h * xh
     y += b * yb + h // GROUP * yh
     mask += b * mb
+    gate += b * gb + h * gh
+    if PACK:
+        own, i0, start, L, _, M, T, _, _ = line(table, tl.program_id(0) % blocks)
+        spot, parts = pieces(slots, own, spot)
+        T = tl.maximum(L - W, 0) if CAUSAL else L
+        q += start * ql
+        k += start * kl
+        v += start * vl
+        a += start * al
+        c += start * cl
+        x += start * xl
+        y += start * yl
+        gate += start * gl
+        head += start
+    d, e, p, f, i = tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, XP), tl.arange(0, FP), i0 + tl.arange(0, BM)
+    at, row, t, behind = i.to(tl.int64), i < L, i + (M - L), M - L - W
     num, den = tl.zeros([BM, EP], tl.float32), tl.zeros([BM], tl.float32)
     ask, turned = pair_operand(a, at * al, row, p, G, F, MAP), tl.zeros([BM, 1], tl.float32)
     if TURN:
@@ -152,7 +177,7 @@ def forward(
     part = tl.maximum(tl.minimum((i0 + behind + 1) // size, parts - 1), 0)
     if STATE:
         num, den = _read(
-            num, den, a, x, at * al, at * xl, row, past + (bk * parts + part) * (F * (E + 1)),
+            num, den, a, x, at * al, at * xl, row, past + (spot + part).to(tl.int64) * (F * (E + 1)),
             G, F, E, FP, EP, BT, MAP, TURN, DOT, PRECISION,
         )  # fmt: skip
     num, den = _gather(
@@ -163,7 +188,7 @@ def forward(
         part = tl.minimum(tl.cdiv(i0 + BM - 1 + W, size), parts) - 1
         if STATE:
             num, den = _read(
-                num, den, a, x, at * al, at * xl, row, future + (bk * parts + part) * (F * (E + 1)),
+                num, den, a, x, at * al, at * xl, row, future + (spot + part).to(tl.int64) * (F * (E + 1)),
                 G, F, E, FP, EP, BT, MAP, TURN, DOT, PRECISION,
             )  # fmt: skip
         num, den = _gather(
@@ -171,7 +196,7 @@ def forward(
             vl, M, W, -1, G, F, E, XP, FP, EP, BN, MAP, MASK, TURN, DOT, PRECISION,
         )  # fmt: skip
     # The tail is the first block of the running maximum: its mean, at the level of its mass.
-    weight = tl.load(gate + b * gb + h * gh + at * gl, mask=row, other=0.0).to(tl.float32) * LOG2E
+    weight = tl.load(gate + at * gl, mask=row, other=0.0).to(tl.float32) * LOG2E
     some = den > 0
     whole = tl.where(some, den, 1.0)
     top, total = tl.where(some, weight + tl.log2(whole), float("-inf")), tl.where(some, 1.0, 0.0)
@@ -188,7 +213,7 @@ def forward(
         acc = acc * fall[:, None] + product(w, tile(v, to * vl, key, e, E), NEAR, PRECISION)
         top = higher
     whole = tl.where(total > 0, total, 1.0)
-    place = bh.to(tl.int64) * L + at
+    place = head + at
     tl.store(mass + place, tl.where(total > 0, (top + tl.log2(whole)) / LOG2E, float("-inf")), mask=row)
     spot = out + place[:, None] * E + e[None, :]
     tl.store(spot, (acc / whole[:, None]).to(out.dtype.element_ty), mask=row[:, None] & (e < E)[None, :])

@@ -6,9 +6,9 @@
 import triton
 import triton.language as tl
 
-from core.attention.kernels.features import features, product, through_features
+from core.attention.kernels.features import features, product, through_features, weights
 from core.attention.kernels.hybrid_blocks import far_factor, pair_operand
-from core.attention.kernels.linear_sweeps import weights
+from core.attention.kernels.packs import line, pieces
 from core.attention.kernels.window import LOG2E, real, scores, tile
 
 
@@ -75,21 +75,17 @@ def _gather_gradient(
 
 @triton.jit
 def query_gradient(
-    q, k, v, a, c, x, y, d_out, mass, delta, mask, gate, past, future, dq, da, dx, d_gate,
+    q, k, v, a, c, x, y, d_out, mass, delta, mask, gate, table, slots, past, future, dq, da, dx, d_gate,
     qb, qh, ql, kb, kh, kl, vb, vh, vl, ab, ah, al, cb, ch, cl, xb, xh, xl, yb, yh, yl, gb, gh, gl, mb, ob, oh, ol,
-    H, GROUP, L, M, W, scale, T, size, parts, row_parts,
+    H, GROUP, L, M, W, scale, T, size, parts, row_parts, blocks,
     D: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, XP: tl.constexpr,
     FP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, MAP: tl.constexpr,
     CAUSAL: tl.constexpr, STATE: tl.constexpr, MASK: tl.constexpr, TURN: tl.constexpr, SAME: tl.constexpr,
-    DOT: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
+    PACK: tl.constexpr, DOT: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, da, dx and the gradient at the gate [B, H, L] of BM rows; SAME: a is q, and dq is the sum."""
-    blocks = tl.cdiv(L, BM)
     bh, i0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM
-    b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), (bh // GROUP).to(tl.int64)
-    d, e, p, f, i = tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, XP), tl.arange(0, FP), i0 + tl.arange(0, BM)
-    at, row, t, behind = i.to(tl.int64), i < L, i + (M - L), M - L - W
-    place = bh.to(tl.int64) * L + at
+    b, h, state, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP * parts, bh.to(tl.int64) * L
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -99,6 +95,24 @@ def query_gradient(
     y += b * yb + h // GROUP * yh
     d_out += b * ob + h * oh
     mask += b * mb
+    gate += b * gb + h * gh
+    if PACK:
+        own, i0, start, L, _, M, _, _, _ = line(table, tl.program_id(0) % blocks)
+        state, parts = pieces(slots, own, state)
+        T = tl.maximum(L - W, 0) if CAUSAL else L
+        q += start * ql
+        k += start * kl
+        v += start * vl
+        a += start * al
+        c += start * cl
+        x += start * xl
+        y += start * yl
+        d_out += start * ol
+        gate += start * gl
+        head += start
+    d, e, p, f, i = tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, XP), tl.arange(0, FP), i0 + tl.arange(0, BM)
+    at, row, t, behind = i.to(tl.int64), i < L, i + (M - L), M - L - W
+    place = head + at
     level = tl.load(mass + place, mask=row, other=float("-inf"))
     offset = tl.load(delta + place, mask=row, other=0.0)
     do = tile(d_out, at * ol, row, e, E)
@@ -108,8 +122,8 @@ def query_gradient(
     part = tl.maximum(tl.minimum((i0 + behind + 1) // size, parts - 1), 0)
     if STATE:
         tail, turned, along = _read_gradient(
-            tail, turned, along, a, d_out, at * al, at * ol, row, offset, past + (bk * parts + part) * (F * (E + 1)),
-            G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
+            tail, turned, along, a, d_out, at * al, at * ol, row, offset,
+            past + (state + part).to(tl.int64) * (F * (E + 1)), G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
         )  # fmt: skip
     tail, turned, along = _gather_gradient(
         tail, turned, along, ask, do, offset, t, row, c, y, v, mask, part * size, tl.minimum(T, i0 + behind + BM),
@@ -120,14 +134,15 @@ def query_gradient(
         if STATE:
             tail, turned, along = _read_gradient(
                 tail, turned, along, a, d_out, at * al, at * ol, row, offset,
-                future + (bk * parts + part) * (F * (E + 1)), G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
+                future + (state + part).to(tl.int64) * (F * (E + 1)),
+                G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
             )  # fmt: skip
         tail, turned, along = _gather_gradient(
             tail, turned, along, ask, do, offset, t, row, c, y, v, mask, (i0 + W) // BN * BN,
             tl.minimum(T, (part + 1) * size), cl, yl, vl, M, W, -1,
             G, F, E, XP, FP, EP, BN, MAP, MASK, TURN, DOT, PRECISION,
         )  # fmt: skip
-    far = far_factor(gate + b * gb + h * gh, at * gl, level, row)
+    far = far_factor(gate, at * gl, level, row)
     if MAP != "taylor":
         along += tl.sum(ask * tail, 1)
         tail = through_features(a, at * al, row, f, p, tail, G, F, MAP, DOT, PRECISION)
@@ -220,25 +235,46 @@ def _scatter(
 
 @triton.jit
 def key_gradient(
-    q, k, v, a, c, x, y, d_out, mass, delta, mask, gate, after, before, dk, dv, dc, dy,
+    q, k, v, a, c, x, y, d_out, mass, delta, mask, gate, table, slots, after, before, dk, dv, dc, dy,
     qb, qh, ql, kb, kh, kl, vb, vh, vl, ab, ah, al, cb, ch, cl, xb, xh, xl, yb, yh, yl, gb, gh, gl, mb, ob, oh, ol,
-    H, GROUP, L, M, W, scale, T, size, parts, row_parts,
+    H, GROUP, L, M, W, scale, T, size, parts, row_parts, blocks,
     D: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, XP: tl.constexpr,
     FP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, MAP: tl.constexpr,
     CAUSAL: tl.constexpr, STATE: tl.constexpr, MASK: tl.constexpr, TURN: tl.constexpr, SAME: tl.constexpr,
-    DOT: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
+    PACK: tl.constexpr, DOT: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dc and dy of BN keys, over the heads of their group in order; SAME: c is k, and dk is the sum."""
-    blocks, heads, shift = tl.cdiv(M, BN), H // GROUP, M - L
+    heads, whole, some = H // GROUP, L, row_parts
     bk, j0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BN
     b, kept = (bk // heads).to(tl.int64), (bk % heads).to(tl.int64)
+    q += b * qb
+    k += b * kb + kept * kh
+    v += b * vb + kept * vh
+    a += b * ab
+    c += b * cb + kept * ch
+    x += b * xb
+    y += b * yb + kept * yh
+    d_out += b * ob
+    gate += b * gb
+    start, state, column = 0, 0, bk.to(tl.int64) * M
+    if PACK:
+        own, j0, start, L, _, M, _, _, _ = line(table, tl.program_id(0) % blocks)
+        state, row_parts = pieces(slots, own, state)
+        T = tl.maximum(L - W, 0) if CAUSAL else L
+        q += start * ql
+        k += start * kl
+        v += start * vl
+        a += start * al
+        c += start * cl
+        x += start * xl
+        y += start * yl
+        d_out += start * ol
+        gate += start * gl
+        column += start
     d, e, p, f, j = tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, XP), tl.arange(0, FP), j0 + tl.arange(0, BN)
-    to, inside, behind = j.to(tl.int64), j < M, M - L - W
+    to, inside, behind, shift = j.to(tl.int64), j < M, M - L - W, M - L
     key = real(mask + b * mb, j, M, MASK)
     held = key & (j < T)
-    c += b * cb + kept * ch
-    y += b * yb + kept * yh
-    v += b * vb + kept * vh
     value, put, turned = tile(v, to * vl, key, e, E), pair_operand(c, to * cl, held, p, G, F, MAP), key[:, None]
     if TURN:
         turned = features(y, to * yl, held, f, F, F, "given")
@@ -248,15 +284,15 @@ def key_gradient(
     early = tl.maximum(tl.minimum((j0 - W + 1) // size, row_parts - 1), 0)
     for g in range(GROUP):
         h = kept * GROUP + g
-        head, spot = (b * H + h) * L, (b * H + h) * row_parts
+        head, spot = (b * H + h) * whole + start, (b * H + h) * some + state
         if STATE:
             tail, d_turned, d_value = _spread(
                 tail, d_turned, d_value, c, y, v, to * cl, to * yl, to * vl, held,
                 after + (spot + late) * (F * (E + 1)), G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
             )  # fmt: skip
         tail, d_turned, d_value = _scatter(
-            tail, d_turned, d_value, put, turned, value, j, held, a + b * ab + h * ah, x + b * xb + h * xh,
-            d_out + b * ob + h * oh, mass + head, delta + head, gate + b * gb + h * gh,
+            tail, d_turned, d_value, put, turned, value, j, held, a + h * ah, x + h * xh,
+            d_out + h * oh, mass + head, delta + head, gate + h * gh,
             tl.maximum(0, j0 - behind) // BM * BM, tl.minimum(L, (late + 1) * size), al, xl, ol, gl, shift, L, W, 1,
             G, F, E, XP, FP, EP, BM, MAP, TURN, DOT, PRECISION,
         )  # fmt: skip
@@ -267,13 +303,13 @@ def key_gradient(
                     before + (spot + early) * (F * (E + 1)), G, F, E, XP, FP, EP, BT, MAP, TURN, DOT, PRECISION,
                 )  # fmt: skip
             tail, d_turned, d_value = _scatter(
-                tail, d_turned, d_value, put, turned, value, j, held, a + b * ab + h * ah, x + b * xb + h * xh,
-                d_out + b * ob + h * oh, mass + head, delta + head, gate + b * gb + h * gh,
+                tail, d_turned, d_value, put, turned, value, j, held, a + h * ah, x + h * xh,
+                d_out + h * oh, mass + head, delta + head, gate + h * gh,
                 early * size, tl.minimum(L, j0 + BN - W), al, xl, ol, gl, shift, L, W, -1,
                 G, F, E, XP, FP, EP, BM, MAP, TURN, DOT, PRECISION,
             )  # fmt: skip
     if TURN:
-        spot = dy + (bk.to(tl.int64) * M + to)[:, None] * F + f[None, :]
+        spot = dy + (column + to)[:, None] * F + f[None, :]
         d_turned = tl.where(held[:, None], d_turned, 0.0)
         tl.store(spot, d_turned.to(dy.dtype.element_ty), mask=inside[:, None] & (f < F)[None, :])
     if MAP != "taylor":
@@ -282,10 +318,10 @@ def key_gradient(
     if SAME:
         acc = tail
     else:
-        spot = dc + (bk.to(tl.int64) * M + to)[:, None] * G + p[None, :]
+        spot = dc + (column + to)[:, None] * G + p[None, :]
         tl.store(spot, tail.to(dc.dtype.element_ty), mask=inside[:, None] & (p < G)[None, :])
         acc = tl.zeros([BN, DP], tl.float32)
-    keys = tile(k + b * kb + kept * kh, to * kl, key, d, D)
+    keys = tile(k, to * kl, key, d, D)
     first = tl.maximum(0, j0 - shift - (0 if CAUSAL else W - 1)) // BM * BM
     last = tl.minimum(L, j0 + BN - shift + W - 1)
     for g in range(GROUP):
@@ -293,9 +329,9 @@ def key_gradient(
         for i0 in range(first, last, BM):
             i = i0 + tl.arange(0, BM)
             at, row = i.to(tl.int64), i < L
-            place = (b * H + h) * L + at
-            near = tile(q + b * qb + h * qh, at * ql, row, d, D)
-            do = tile(d_out + b * ob + h * oh, at * ol, row, e, E)
+            place = (b * H + h) * whole + start + at
+            near = tile(q + h * qh, at * ql, row, d, D)
+            do = tile(d_out + h * oh, at * ol, row, e, E)
             level, offset = tl.load(mass + place, mask=row, other=0.0), tl.load(delta + place, mask=row, other=0.0)
             level = tl.where(level == float("-inf"), 0.0, level * LOG2E)
             s = scores(near, keys, i + shift, j, row, key, W, scale, 0.0, CAUSAL, False, NEAR, PRECISION)
@@ -303,7 +339,7 @@ def key_gradient(
             d_value += product(tl.trans(w), do, NEAR, PRECISION)
             dw = product(do, tl.trans(value), NEAR, PRECISION)
             acc += product(tl.trans(w * (dw - offset[:, None]) * scale), near, NEAR, PRECISION)
-    place = bk.to(tl.int64) * M + to
+    place = column + to
     spot = dk + place[:, None] * D + d[None, :]
     tl.store(spot, acc.to(dk.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     spot = dv + place[:, None] * E + e[None, :]

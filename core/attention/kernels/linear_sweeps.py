@@ -1,27 +1,31 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # Triton compiles this file by rules of its own, which a type checker does not know.
-"""The linear kernels: write sums of segments, outputs, gradients. `linear` says what they compute.
+"""The linear kernels: sums of segments and outputs. `linear` says what they compute, `linear_gradients` has the rest.
 
 Arguments, beside pointers and their strides (b, h, l): H heads per batch item of this launch, GROUP of them per key
 head, L rows, M keys, T steps of the timeline, on which row = row0 + step u and key = key0 + step u; `tiles` of value
 columns, `parts` segments of `size` steps. D, F, E widths; FP, DP, BE the blocks over them; C steps per chunk.
+
+PACK: the batch is one, L and M are those of all sequences, and segment `part` is a line of `table` (`packs`): pointers
+move to its sequence, and lengths and timeline become that sequence's own.
 """
 
 import triton
 import triton.language as tl
 
-from core.attention.kernels.features import features, log_decay, product, through_features, upstream
+from core.attention.kernels.features import factor_of, features, log_decay, product, upstream, weights
+from core.attention.kernels.packs import line
 
 
 @triton.jit
 def write(
-    k, v, mask, gate, rate, d_out, scale, d_den, sums, totals,
+    k, v, mask, gate, rate, factors, d_out, scale, d_den, table, sums, totals,
     kb, kh, kl, vb, vh, vl,
     H, GROUP, M, T, origin, step, tiles, parts, size, mask_b,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, BE: tl.constexpr, C: tl.constexpr,
     MAP: tl.constexpr, DECAY: tl.constexpr, ONES: tl.constexpr, MASK: tl.constexpr,
-    REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, PACK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the state: sum_u e^{.} phi(k_u) [v_u, 1]^T, decayed to the segment's end.
 
@@ -40,8 +44,18 @@ def write(
         heads_rate = tl.load(rate + h).to(tl.float32)
     if DECAY == "given":
         gate += (bh // GROUP).to(tl.int64) * T
-    all_decay = 0.0
-    begin, end = part * size, tl.minimum(T, (part + 1) * size)
+    factor = factor_of(factors, h // GROUP, f, F, MAP)
+    all_decay, begin, head = 0.0, part * size, bh.to(tl.int64) * M
+    if PACK:
+        _, begin, row_first, rows, key_first, M, T, row0, origin = line(table, part)
+        gate += key_first
+        first = key_first
+        if REVERSE:
+            first, M, origin = row_first, rows, row0
+        k += first * kl
+        v += first * vl
+        head += first
+    end = tl.minimum(T, begin + size)
     chunks = tl.cdiv(end - begin, C)
     for n in range(chunks):
         u0 = begin + (chunks - 1 - n if REVERSE else n) * C
@@ -50,9 +64,9 @@ def write(
         ok = (u < T) & (j >= 0) & (j < M)
         if MASK:
             ok = ok & (tl.load(mask + b * mask_b + j, mask=ok, other=0) != 0)
-        phi = features(k, j * kl, ok, f, D, F, MAP)
+        phi = features(k, j * kl, ok, f, D, F, MAP, factor)
         if REVERSE:
-            value, ones = upstream(v, scale, d_den, j * vl, bh.to(tl.int64) * M + j, ok, e, E, NORMALIZE)
+            value, ones = upstream(v, scale, d_den, j * vl, head + j, ok, e, E, NORMALIZE)
         else:
             value = tl.load(v + (j * vl)[:, None] + e[None, :], mask=ok[:, None] & (e < E)[None, :], other=0.0)
             ones = tl.full([C], 1.0, tl.float32)
@@ -87,7 +101,8 @@ def load_state(states, at, f, e, F: tl.constexpr, E: tl.constexpr, ONES: tl.cons
 
 
 @triton.jit
-def _store_state(states, at, f, e, s, z, tile, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
+def store_state(states, at, f, e, s, z, tile, F: tl.constexpr, E: tl.constexpr, ONES: tl.constexpr):
+    """The opposite of `load_state`."""
     width: tl.constexpr = E + 1 if ONES else E
     tl.store(states + at + f[:, None] * width + e[None, :], s, mask=(f < F)[:, None] & (e < E)[None, :])
     if ONES and tile == 0:
@@ -95,24 +110,14 @@ def _store_state(states, at, f, e, s, z, tile, F: tl.constexpr, E: tl.constexpr,
 
 
 @triton.jit
-def weights(a, c, D: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """(phi(q) phi(k)^T, its derivative by q k^T) from features, or for Taylor from q and k themselves."""
-    s = product(a, tl.trans(c), DOT, PRECISION)
-    if MAP == "taylor":
-        s *= D**-0.5
-        return 1 + s + 0.5 * s * s, (1 + s) * D**-0.5
-    return s, tl.zeros_like(s)
-
-
-@triton.jit
 def forward(
-    q, k, v, mask, gate, rate, floor, states, out, mass, den, end,
+    q, k, v, mask, gate, rate, factors, floor, table, states, out, mass, den, end,
     qb, qh, ql, kb, kh, kl, vb, vh, vl,
     H, GROUP, L, M, T, row0, key0, step, tiles, parts, size, mask_b, floor_b,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr,
     BE: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, CAUSAL: tl.constexpr, STATE: tl.constexpr,
     DECAY: tl.constexpr, ONES: tl.constexpr, MASK: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr,
-    KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PACK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one segment from the state before it; not CAUSAL: from the state of all keys."""
     pid = tl.program_id(0)
@@ -120,9 +125,14 @@ def forward(
     b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP
     f, c, e = tl.arange(0, FP), tl.arange(0, DP), tile * BE + tl.arange(0, BE)
     width: tl.constexpr = E + 1 if ONES else E
+    begin, of, head, timeline = part * size, bk, bh.to(tl.int64) * L, T
+    if PACK:
+        own, begin, first, L, key_first, M, T, row0, key0 = line(table, part)
+        of += own * (H // GROUP)
+        head += first
     s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
     if STATE:
-        at = (bk * parts + part if CAUSAL else bk).to(tl.int64) * F * width
+        at = (bk * parts + part if CAUSAL else of).to(tl.int64) * F * width
         s, z = load_state(states, at, f, e, F, E, ONES)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
@@ -131,12 +141,19 @@ def forward(
     if DECAY == "constant":
         heads_rate = tl.load(rate + h).to(tl.float32)
     if DECAY == "given":
-        gate += bk.to(tl.int64) * T
-    for u0 in range(part * size, tl.minimum(T, (part + 1) * size), C):
+        gate += bk.to(tl.int64) * timeline
+    factor = factor_of(factors, h // GROUP, f, F, MAP)
+    if PACK:
+        gate += key_first
+        q += first * ql
+        k += key_first * kl
+        v += key_first * vl
+        floor += first
+    for u0 in range(begin, tl.minimum(T, begin + size), C):
         u = u0 + tl.arange(0, C)
         i = (row0 + step * u).to(tl.int64)
         row = (u < T) & (i >= 0) & (i < L)
-        fq = features(q, i * ql, row, f, D, F, MAP)
+        fq = features(q, i * ql, row, f, D, F, MAP, factor)
         read = fq
         if DECAY != "none":
             running, last = log_decay(gate, heads_rate, u0, u, T, C, DECAY)
@@ -148,7 +165,7 @@ def forward(
             key = (u < T) & (j >= 0) & (j < M)
             if MASK:
                 key = key & (tl.load(mask + b * mask_b + j, mask=key, other=0) != 0)
-            fk = features(k, j * kl, key, f, D, F, MAP)
+            fk = features(k, j * kl, key, f, D, F, MAP, factor)
             value = tl.load(v + (j * vl)[:, None] + e[None, :], mask=key[:, None] & (e < E)[None, :], other=0.0)
             if MAP == "taylor":
                 xq = features(q, i * ql, row, c, D, D, "identity")
@@ -167,7 +184,7 @@ def forward(
             total += tl.sum(w, 1)
             s += product(tl.trans(fk), value, DOT, PRECISION)
             z += tl.sum(fk, 0)
-        place = bh.to(tl.int64) * L + i
+        place = head + i
         if ONES:
             total = tl.maximum(total, 0.0)
             if tile == 0:
@@ -182,175 +199,4 @@ def forward(
         spot = out + place[:, None] * E + e[None, :]
         tl.store(spot, num.to(out.dtype.element_ty), mask=row[:, None] & (e < E)[None, :])
     if KEEP and h % GROUP == 0:
-        _store_state(end, bk.to(tl.int64) * F * width, f, e, s, z, tile, F, E, ONES)
-
-
-@triton.jit
-def query_gradient(
-    q, k, v, d_out, scale, d_den, mask, gate, rate, states, dq, along,
-    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl,
-    H, GROUP, L, M, T, row0, key0, step, tiles, parts, size, mask_b, B,
-    D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr,
-    BE: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, CAUSAL: tl.constexpr, STATE: tl.constexpr,
-    DECAY: tl.constexpr, ONES: tl.constexpr, MASK: tl.constexpr, NORMALIZE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq of one segment, summed over this tile's values, in a sweep with the forward's state."""
-    pid = tl.program_id(0)
-    tile, part, bh = pid % tiles, (pid // tiles) % parts, pid // (tiles * parts)
-    b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP
-    f, c, e = tl.arange(0, FP), tl.arange(0, DP), tile * BE + tl.arange(0, BE)
-    width: tl.constexpr = E + 1 if ONES else E
-    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
-    if STATE:
-        at = (bk * parts + part if CAUSAL else bk).to(tl.int64) * F * width
-        s, z = load_state(states, at, f, e, F, E, ONES)
-    q += b * qb + h * qh
-    k += b * kb + h // GROUP * kh
-    v += b * vb + h // GROUP * vh
-    d_out += b * db + h * dh
-    heads_rate = 0.0
-    if DECAY == "constant":
-        heads_rate = tl.load(rate + h).to(tl.float32)
-    if DECAY == "given":
-        gate += bk.to(tl.int64) * T
-    for u0 in range(part * size, tl.minimum(T, (part + 1) * size), C):
-        u = u0 + tl.arange(0, C)
-        i = (row0 + step * u).to(tl.int64)
-        row = (u < T) & (i >= 0) & (i < L)
-        place = bh.to(tl.int64) * L + i
-        du, dz = upstream(d_out, scale, d_den, i * dl, place, row, e, E, NORMALIZE)
-        dz = tl.where(tile == 0, dz, 0.0)  # the ones column belongs to one tile
-        d = product(du, tl.trans(s), DOT, PRECISION) + dz[:, None] * z[None, :]
-        if DECAY != "none":
-            running, last = log_decay(gate, heads_rate, u0, u, T, C, DECAY)
-            d *= tl.exp(running)[:, None]
-        inner = tl.zeros([C, DP], tl.float32)
-        if CAUSAL:
-            j = (key0 + step * u).to(tl.int64)
-            key = (u < T) & (j >= 0) & (j < M)
-            if MASK:
-                key = key & (tl.load(mask + b * mask_b + j, mask=key, other=0) != 0)
-            fk = features(k, j * kl, key, f, D, F, MAP)
-            value = tl.load(v + (j * vl)[:, None] + e[None, :], mask=key[:, None] & (e < E)[None, :], other=0.0)
-            dw = product(du, tl.trans(value), DOT, PRECISION) + dz[:, None]
-            seen = (u[:, None] >= u[None, :]) & key[None, :]
-            if DECAY != "none":
-                dw *= tl.exp(tl.where(seen, running[:, None] - running[None, :], 0.0))
-            dw = tl.where(seen, dw, 0.0)
-            if MAP == "taylor":
-                xq = features(q, i * ql, row, c, D, D, "identity")
-                xk = features(k, j * kl, key, c, D, D, "identity")
-                _, slope = weights(xq, xk, D, MAP, DOT, PRECISION)
-                inner = product(dw * slope, xk, DOT, PRECISION)
-            else:
-                d += product(dw, fk, DOT, PRECISION)
-            if DECAY != "none":
-                fk *= tl.exp(last - running)[:, None]
-                s *= tl.exp(last)
-                z *= tl.exp(last)
-            s += product(tl.trans(fk), value, DOT, PRECISION)
-            z += tl.sum(fk, 0)
-        d = through_features(q, i * ql, row, f, c, d, D, F, MAP, DOT, PRECISION)
-        if MAP == "taylor":
-            d += inner
-        spot = (tile.to(tl.int64) * B * H * L + place)[:, None] * D + c[None, :]
-        tl.store(dq + spot, d.to(dq.dtype.element_ty), mask=row[:, None] & (c < D)[None, :])
-        if DECAY == "given":
-            x = features(q, i * ql, row, c, D, D, "identity")
-            tl.store(along + tile.to(tl.int64) * B * H * L + place, tl.sum(x * d, 1), mask=row)
-
-
-@triton.jit
-def key_gradient(
-    q, k, v, d_out, scale, d_den, mask, gate, rate, states, dk, dv, along, d_first,
-    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl,
-    H, GROUP, L, M, T, row0, key0, step, tiles, parts, size, mask_b, B,
-    D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr,
-    BE: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, CAUSAL: tl.constexpr, STATE: tl.constexpr,
-    DECAY: tl.constexpr, ONES: tl.constexpr, MASK: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk (over this tile's values) and dv of one segment and query head, against time, with the state's gradient."""
-    pid = tl.program_id(0)
-    tile, part, bh = pid % tiles, (pid // tiles) % parts, pid // (tiles * parts)
-    b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP
-    f, c, e = tl.arange(0, FP), tl.arange(0, DP), tile * BE + tl.arange(0, BE)
-    width: tl.constexpr = E + 1 if ONES else E
-    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
-    if STATE:
-        s, z = load_state(states, (bh * parts + part if CAUSAL else bh).to(tl.int64) * F * width, f, e, F, E, ONES)
-        z = tl.where(tile == 0, z, 0.0)
-    q += b * qb + h * qh
-    k += b * kb + h // GROUP * kh
-    v += b * vb + h // GROUP * vh
-    d_out += b * db + h * dh
-    heads_rate = 0.0
-    if DECAY == "constant":
-        heads_rate = tl.load(rate + h).to(tl.float32)
-    if DECAY == "given":
-        gate += bk.to(tl.int64) * T
-    begin, end = part * size, tl.minimum(T, (part + 1) * size)
-    chunks = tl.cdiv(end - begin, C)
-    for n in range(chunks):
-        u0 = begin + (chunks - 1 - n) * C
-        u = u0 + tl.arange(0, C)
-        j = (key0 + step * u).to(tl.int64)
-        inside = (u < T) & (j >= 0) & (j < M)
-        key = inside
-        if MASK:
-            key = key & (tl.load(mask + b * mask_b + j, mask=key, other=0) != 0)
-        fk = features(k, j * kl, key, f, D, F, MAP)
-        value = tl.load(v + (j * vl)[:, None] + e[None, :], mask=key[:, None] & (e < E)[None, :], other=0.0)
-        d = product(value, tl.trans(s), DOT, PRECISION) + z[None, :]
-        write = fk
-        if DECAY != "none":
-            running, last = log_decay(gate, heads_rate, u0, u, T, C, DECAY)
-            d *= tl.exp(last - running)[:, None]
-            write = fk * tl.exp(last - running)[:, None]
-        d_value = product(write, s, DOT, PRECISION)
-        inner = tl.zeros([C, DP], tl.float32)
-        if CAUSAL:
-            i = (row0 + step * u).to(tl.int64)
-            row = (u < T) & (i >= 0) & (i < L)
-            fq = features(q, i * ql, row, f, D, F, MAP)
-            du, dz = upstream(d_out, scale, d_den, i * dl, bh.to(tl.int64) * L + i, row, e, E, NORMALIZE)
-            dz = tl.where(tile == 0, dz, 0.0)
-            dw = product(du, tl.trans(value), DOT, PRECISION) + dz[:, None]
-            seen = (u[:, None] >= u[None, :]) & key[None, :]
-            if MAP == "taylor":
-                xq = features(q, i * ql, row, c, D, D, "identity")
-                xk = features(k, j * kl, key, c, D, D, "identity")
-                w, slope = weights(xq, xk, D, MAP, DOT, PRECISION)
-            else:
-                w, slope = weights(fq, fk, D, MAP, DOT, PRECISION)
-            if DECAY != "none":
-                fall = tl.exp(tl.where(seen, running[:, None] - running[None, :], 0.0))
-                w *= fall
-                dw *= fall
-            if MAP == "taylor":
-                inner = product(tl.trans(tl.where(seen, dw * slope, 0.0)), xq, DOT, PRECISION)
-            else:
-                d += product(tl.trans(tl.where(seen, dw, 0.0)), fq, DOT, PRECISION)
-            d_value += product(tl.trans(tl.where(seen, w, 0.0)), du, DOT, PRECISION)
-            if DECAY != "none":
-                fq *= tl.exp(running)[:, None]
-                s *= tl.exp(last)
-                z *= tl.exp(last)
-            s += product(tl.trans(fq), du, DOT, PRECISION)
-            z += tl.sum(fq * dz[:, None], 0)
-        d = through_features(k, j * kl, key, f, c, d, D, F, MAP, DOT, PRECISION)
-        if MAP == "taylor":
-            d += inner
-        d = tl.where(key[:, None], d, 0.0)
-        place = bh.to(tl.int64) * M + j
-        spot = (tile.to(tl.int64) * B * H * M + place)[:, None] * D + c[None, :]
-        tl.store(dk + spot, d.to(dk.dtype.element_ty), mask=inside[:, None] & (c < D)[None, :])
-        d_value = tl.where(key[:, None], d_value, 0.0)
-        spot = dv + place[:, None] * E + e[None, :]
-        tl.store(spot, d_value.to(dv.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
-        if DECAY == "given":
-            x = features(k, j * kl, key, c, D, D, "identity")
-            tl.store(along + tile.to(tl.int64) * B * H * M + place, tl.sum(x * d, 1), mask=inside)
-    if KEEP:
-        _store_state(d_first, bh.to(tl.int64) * F * width, f, e, s, z, tile, F, E, ONES)
+        store_state(end, bk.to(tl.int64) * F * width, f, e, s, z, tile, F, E, ONES)

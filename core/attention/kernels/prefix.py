@@ -4,7 +4,8 @@
 """The states at the borders of segments from the segments' sums: what linear, gated and hybrid kernels share.
 
 Arguments: sums and states [B, H, parts, N], end and first [B, H, N], totals [B, H, parts, RATES]; `blocks` programs of
-BLOCK numbers each per head.
+BLOCK numbers each per head. PACK: `parts` are the pieces of all sequences, [1, H, parts, N], those of the n-th from
+slots[n] on (`packs`), and B in `end` and `first` is the number of sequences.
 """
 
 import triton
@@ -13,11 +14,11 @@ import triton.language as tl
 
 @triton.jit
 def _fetch(
-    sums, totals, bh, n, parts, at, ok,
+    sums, totals, base, n, parts, at, ok,
     N: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, RATES: tl.constexpr,
 ):  # fmt: skip
     """(the sum of the n-th part to come, its decay or 1); 0 and 1 past the last."""
-    part = (bh * parts + (parts - 1 - n if REVERSE else n)).to(tl.int64)
+    part = (base + (parts - 1 - n if REVERSE else n)).to(tl.int64)
     ok = ok & (at * 0 + n < parts)
     own, fall = tl.load(sums + part * N + at, mask=ok, other=0.0), 1.0
     if DECAY:
@@ -26,18 +27,18 @@ def _fetch(
 
 
 @triton.jit
-def _pass(states, s, own, fall, bh, n, parts, at, ok, N: tl.constexpr, REVERSE: tl.constexpr):
+def _pass(states, s, own, fall, base, n, parts, at, ok, N: tl.constexpr, REVERSE: tl.constexpr):
     """Store what came before the n-th part; what comes after it."""
-    part = (bh * parts + (parts - 1 - n if REVERSE else n)).to(tl.int64)
+    part = (base + (parts - 1 - n if REVERSE else n)).to(tl.int64)
     tl.store(states + part * N + at, s, mask=ok & (at * 0 + n < parts))
     return s * fall + own
 
 
 @triton.jit
 def prefix(
-    sums, totals, first, end, states, parts, blocks,
+    sums, totals, first, end, states, slots, parts, blocks, H,
     N: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    RATES: tl.constexpr = 1,
+    PACK: tl.constexpr = False, RATES: tl.constexpr = 1,
 ):  # fmt: skip
     """states[part] = what came before it (after it, REVERSE), `end` = all; one part after the other, in order.
 
@@ -46,17 +47,21 @@ def prefix(
     """
     bh = tl.program_id(0) // blocks
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < N
+    ok, base = at < N, bh * parts
+    if PACK:
+        before = tl.load(slots + bh // H)
+        base = bh % H * parts + before
+        parts = tl.load(slots + bh // H + 1) - before
     s = tl.zeros([BLOCK], tl.float32)
     if FIRST:
         s = tl.load(first + bh.to(tl.int64) * N + at, mask=ok, other=0.0)
     for n in range(0, parts, 4):
-        a, a_fall = _fetch(sums, totals, bh, n, parts, at, ok, N, DECAY, REVERSE, RATES)
-        b, b_fall = _fetch(sums, totals, bh, n + 1, parts, at, ok, N, DECAY, REVERSE, RATES)
-        c, c_fall = _fetch(sums, totals, bh, n + 2, parts, at, ok, N, DECAY, REVERSE, RATES)
-        d, d_fall = _fetch(sums, totals, bh, n + 3, parts, at, ok, N, DECAY, REVERSE, RATES)
-        s = _pass(states, s, a, a_fall, bh, n, parts, at, ok, N, REVERSE)
-        s = _pass(states, s, b, b_fall, bh, n + 1, parts, at, ok, N, REVERSE)
-        s = _pass(states, s, c, c_fall, bh, n + 2, parts, at, ok, N, REVERSE)
-        s = _pass(states, s, d, d_fall, bh, n + 3, parts, at, ok, N, REVERSE)
+        a, a_fall = _fetch(sums, totals, base, n, parts, at, ok, N, DECAY, REVERSE, RATES)
+        b, b_fall = _fetch(sums, totals, base, n + 1, parts, at, ok, N, DECAY, REVERSE, RATES)
+        c, c_fall = _fetch(sums, totals, base, n + 2, parts, at, ok, N, DECAY, REVERSE, RATES)
+        d, d_fall = _fetch(sums, totals, base, n + 3, parts, at, ok, N, DECAY, REVERSE, RATES)
+        s = _pass(states, s, a, a_fall, base, n, parts, at, ok, N, REVERSE)
+        s = _pass(states, s, b, b_fall, base, n + 1, parts, at, ok, N, REVERSE)
+        s = _pass(states, s, c, c_fall, base, n + 2, parts, at, ok, N, REVERSE)
+        s = _pass(states, s, d, d_fall, base, n + 3, parts, at, ok, N, REVERSE)
     tl.store(end + bh.to(tl.int64) * N + at, s, mask=ok)

@@ -13,6 +13,8 @@ heads of a group in order; dS = P (do.v - delta), delta = <do, o> - dl, so the g
 Bytes moved: e L (D + E) (1 + group) of queries and outputs, and e M (D + E) (1 + W / rows) of keys and values, mostly
 from the L2 cache; FLOPs 2 L W (D + E) forward and 2.5 times that backward. Bound by arithmetic from W of about 600.
 
+Packs: the same kernels, with a table of which block of which sequence a program has (`packs`).
+
 Serves, when asked for: float32, float16 and bfloat16 and heads up to 256 wide.
 """
 
@@ -24,6 +26,8 @@ from torch import Tensor
 from core.attention.blocked.pairs import join_softmax
 from core.attention.kernels.features import product
 from core.attention.kernels.launch import Blocks, choose, on, padded, products, rows_contiguous
+from core.attention.kernels.packs import Layout, layout, line, pack_from
+from core.attention.packing import Pack
 
 BLOCKS = {
     None: Blocks(16, 32, 8, 1),
@@ -102,23 +106,30 @@ def upstream(q, d_out, mass, delta, i, place, row, c, e, ql, dl, D: tl.constexpr
 
 @triton.jit
 def _forward(
-    q, k, v, mask, slopes, out, mass,
-    qb, qh, ql, kb, kh, kl, vb, vh, vl, mb, H, GROUP, L, M, W, scale,
+    q, k, v, mask, slopes, table, out, mass,
+    qb, qh, ql, kb, kh, kl, vb, vh, vl, mb, H, GROUP, L, M, W, scale, blocks,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, PACK: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(L, BM)
     bh, i0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    c, e, i = tl.arange(0, DP), tl.arange(0, EP), i0 + tl.arange(0, BM)
-    t, row = i + M - L, i < L
+    b, h, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh.to(tl.int64) * L
+    q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
     mask += b * mb
+    if PACK:
+        _, i0, first, L, _, M, _, _, _ = line(table, tl.program_id(0) % blocks)
+        q += first * ql
+        k += first * kl
+        v += first * vl
+        head += first
+    c, e, i = tl.arange(0, DP), tl.arange(0, EP), i0 + tl.arange(0, BM)
+    t, row = i + M - L, i < L
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h).to(tl.float32)
-    x = tile(q + b * qb + h * qh, i.to(tl.int64) * ql, row, c, D)
+    x = tile(q, i.to(tl.int64) * ql, row, c, D)
     top = tl.full([BM], float("-inf"), tl.float32)
     total, acc = tl.zeros([BM], tl.float32), tl.zeros([BM, EP], tl.float32)
     first = tl.maximum(0, i0 + M - L - W + 1) // BN * BN
@@ -130,7 +141,7 @@ def _forward(
         s = scores(x, keys, t, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
         values = tile(v, j.to(tl.int64) * vl, key, e, E)
         top, total, acc = absorb(s, values, top, total, acc, DOT, PRECISION)
-    finish(out, mass, bh.to(tl.int64) * L + i, row, e, top, total, acc, E)
+    finish(out, mass, head + i, row, e, top, total, acc, E)
 
 
 @triton.jit
@@ -152,25 +163,32 @@ def _delta(
 
 @triton.jit
 def _query_gradient(
-    q, k, v, d_out, mass, delta, mask, slopes, dq,
-    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl, mb, H, GROUP, L, M, W, scale,
+    q, k, v, d_out, mass, delta, mask, slopes, table, dq,
+    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl, mb, H, GROUP, L, M, W, scale, blocks,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, PACK: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(L, BM)
     bh, i0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BM
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    c, e, i = tl.arange(0, DP), tl.arange(0, EP), i0 + tl.arange(0, BM)
-    t, row, place = i + M - L, i < L, bh.to(tl.int64) * L + i
+    b, h, head = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh.to(tl.int64) * L
+    q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
+    d_out += b * db + h * dh
     mask += b * mb
+    if PACK:
+        _, i0, first, L, _, M, _, _, _ = line(table, tl.program_id(0) % blocks)
+        q += first * ql
+        k += first * kl
+        v += first * vl
+        d_out += first * dl
+        head += first
+    c, e, i = tl.arange(0, DP), tl.arange(0, EP), i0 + tl.arange(0, BM)
+    t, row, place = i + M - L, i < L, head + i
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h).to(tl.float32)
-    x, do, level, offset = upstream(
-        q + b * qb + h * qh, d_out + b * db + h * dh, mass, delta, i, place, row, c, e, ql, dl, D, E
-    )
+    x, do, level, offset = upstream(q, d_out, mass, delta, i, place, row, c, e, ql, dl, D, E)
     acc = tl.zeros([BM, DP], tl.float32)
     first = tl.maximum(0, i0 + M - L - W + 1) // BN * BN
     last = tl.minimum(M, i0 + BM + M - L + (0 if CAUSAL else W - 1))
@@ -188,18 +206,29 @@ def _query_gradient(
 
 @triton.jit
 def _key_gradient(
-    q, k, v, d_out, mass, delta, mask, slopes, dk, dv,
-    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl, mb, H, GROUP, L, M, W, scale,
+    q, k, v, d_out, mass, delta, mask, slopes, table, dk, dv,
+    qb, qh, ql, kb, kh, kl, vb, vh, vl, db, dh, dl, mb, H, GROUP, L, M, W, scale, blocks,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, PACK: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks, heads = tl.cdiv(M, BN), H // GROUP
+    heads, rows = H // GROUP, L
     bk, j0 = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BN
-    b, kept = (bk // heads).to(tl.int64), (bk % heads).to(tl.int64)
+    b, kept, head, to = (bk // heads).to(tl.int64), (bk % heads).to(tl.int64), 0, bk.to(tl.int64) * M
+    q += b * qb
+    k += b * kb + kept * kh
+    v += b * vb + kept * vh
+    d_out += b * db
+    if PACK:
+        _, j0, head, L, _, M, _, _, _ = line(table, tl.program_id(0) % blocks)
+        q += head * ql
+        k += head * kl
+        v += head * vl
+        d_out += head * dl
+        to += head
     c, e, j = tl.arange(0, DP), tl.arange(0, EP), j0 + tl.arange(0, BN)
     key = real(mask + b * mb, j, M, MASK)
-    keys = tile(k + b * kb + kept * kh, j.to(tl.int64) * kl, key, c, D)
-    values = tile(v + b * vb + kept * vh, j.to(tl.int64) * vl, key, e, E)
+    keys, values = tile(k, j.to(tl.int64) * kl, key, c, D), tile(v, j.to(tl.int64) * vl, key, e, E)
     key_acc, value_acc = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, EP], tl.float32)
     first = tl.maximum(0, j0 + L - M - (0 if CAUSAL else W - 1)) // BM * BM
     last = tl.minimum(L, j0 + BN + L - M + W - 1)
@@ -210,16 +239,14 @@ def _key_gradient(
             slope = tl.load(slopes + h).to(tl.float32)
         for i0 in range(first, last, BM):
             i = i0 + tl.arange(0, BM)
-            row, place = i < L, (b * H + h) * L + i
-            x, do, level, offset = upstream(
-                q + b * qb + h * qh, d_out + b * db + h * dh, mass, delta, i, place, row, c, e, ql, dl, D, E
-            )
+            row, place = i < L, (b * H + h) * rows + head + i
+            x, do, level, offset = upstream(q + h * qh, d_out + h * dh, mass, delta, i, place, row, c, e, ql, dl, D, E)
             s = scores(x, keys, i + M - L, j, row, key, W, scale, slope, CAUSAL, ALIBI, DOT, PRECISION)
             p = tl.exp2(s - level[:, None])
             value_acc += product(tl.trans(p), do, DOT, PRECISION)
             dp = product(do, tl.trans(values), DOT, PRECISION)
             key_acc += product(tl.trans(p * (dp - offset[:, None])), x, DOT, PRECISION)
-    place, inside = bk.to(tl.int64) * M + j, j < M
+    place, inside = to + j, j < M
     spot = dk + place[:, None] * D + c[None, :]
     tl.store(spot, (key_acc * scale).to(dk.dtype.element_ty), mask=inside[:, None] & (c < D)[None, :])
     spot = dv + place[:, None] * E + e[None, :]
@@ -239,7 +266,7 @@ def delta_of(d_out: Tensor, out: Tensor, d_mass: Tensor | None) -> Tensor:
 class Call:
     """Arguments that the launches of one call share."""
 
-    def __init__(self, q, k, v, key_mask, slopes, window: int, causal: bool, scale: float):
+    def __init__(self, q, k, v, key_mask, slopes, window: int, causal: bool, scale: float, pack: Pack | None = None):
         self.q, self.k, self.v = (rows_contiguous(x) for x in (q, k, v))
         self.mask = q if key_mask is None else key_mask.contiguous().view(torch.uint8)
         self.slopes = q if slopes is None else slopes.float().contiguous()
@@ -266,8 +293,12 @@ class Call:
             "num_warps": self.blocks.warps,
             "num_stages": self.blocks.stages,
         }
-        self.row_grid = (-(-self.rows // self.blocks.chunk) * self.batch * self.heads,)
-        self.key_grid = (-(-self.keys // self.blocks.values) * self.batch * self.key_heads,)
+        self.row_cut, self.key_cut = (
+            Layout(self.q, self.q, -(-n // size), size) if pack is None else layout(pack, over, n, pack.longest, size)
+            for over, n, size in (("rows", self.rows, self.blocks.chunk), ("keys", self.keys, self.blocks.values))
+        )
+        self.row_grid = (self.row_cut.number * self.batch * self.heads,)
+        self.key_grid = (self.key_cut.number * self.batch * self.key_heads,)
 
 
 @torch.library.custom_op("longspan::window_kernel_forward", mutates_args=())
@@ -280,18 +311,20 @@ def window_forward(
     window: int,
     causal: bool,
     scale: float,
+    offsets: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """As `core.attention.blocked.window.window_forward`."""
+    """As `core.attention.blocked.window.window_forward`; offsets, longest: of a `Pack` whose keys are its rows."""
     if 0 in (*q.shape, k.shape[2], v.shape[3]):
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
         return out, torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    call = Call(q, k, v, key_mask, slopes, window, causal, scale)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
     mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on(q.device):
+        call = Call(q, k, v, key_mask, slopes, window, causal, scale, pack_from(offsets, None, longest))
         _forward[call.row_grid](
-            call.q, call.k, call.v, call.mask, call.slopes, out, mass, *call.strides, call.mask_stride, *call.sizes,
-            **call.options,
+            call.q, call.k, call.v, call.mask, call.slopes, call.row_cut.table, out, mass, *call.strides,
+            call.mask_stride, *call.sizes, call.row_cut.number, PACK=offsets is not None, **call.options,
         )  # fmt: skip
     return out, mass
 
@@ -310,20 +343,24 @@ def window_backward(
     window: int,
     causal: bool,
     scale: float,
+    offsets: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
     if 0 in (*q.shape, k.shape[2], v.shape[3]):
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         return dq, dk, dv
-    call = Call(q, k, v, key_mask, slopes, window, causal, scale)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_out = rows_contiguous(d_out)
     with on(q.device):
+        call = Call(q, k, v, key_mask, slopes, window, causal, scale, pack_from(offsets, None, longest))
         delta = delta_of(d_out, out, d_mass)
         shared = call.q, call.k, call.v, d_out, mass, delta, call.mask, call.slopes
         sizes = *call.strides, *d_out.stride()[:3], call.mask_stride, *call.sizes
-        _query_gradient[call.row_grid](*shared, dq, *sizes, **call.options)
-        _key_gradient[call.key_grid](*shared, dk, dv, *sizes, **call.options)
+        rows, keys = call.row_cut, call.key_cut
+        packed = {**call.options, "PACK": offsets is not None}
+        _query_gradient[call.row_grid](*shared, rows.table, dq, *sizes, rows.number, **packed)
+        _key_gradient[call.key_grid](*shared, keys.table, dk, dv, *sizes, keys.number, **packed)
     return dq, dk, dv
 
 

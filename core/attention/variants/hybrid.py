@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from core.attention import kernels
 from core.attention.autocast import lowered
-from core.attention.backends import implementation, resolve
+from core.attention.backends import honours, implementation, resolve
 from core.attention.contract import (
     NO_INPUTS,
     Attended,
@@ -172,16 +172,16 @@ def _check_positive(name: str, phi):
 
 
 def attend(
-    q, k, v, tail_q, tail_k, *, window, phi, gate, causal, key_mask, slopes, scale, backend, rotary=None
+    q, k, v, tail_q, tail_k, *, window, phi, gate, causal, key_mask, slopes, scale, backend, rotary=None, **packed
 ) -> Attended:
-    """Both parts and their merge; tail_q and tail_k are what phi acts on."""
-    run = resolve("hybrid", backend, q.device.type, q.dtype, _needs(q, v, tail_q, phi)).run
-    return run(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary)
+    """Both parts and their merge; tail_q and tail_k are what phi acts on. packed: pack=, of packs."""
+    run = resolve("hybrid", backend, q.device.type, q.dtype, _needs(q, v, tail_q, phi, **packed)).run
+    return run(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, **packed)
 
 
-def _needs(q: Tensor, v: Tensor, tail_q: Tensor, phi) -> tuple[str, ...]:
+def _needs(q: Tensor, v: Tensor, tail_q: Tensor, phi, pack=None) -> tuple[str, ...]:
     widest = max(q.shape[3], v.shape[3], phi.width(tail_q.shape[3]))
-    return ("wide features",) if widest > kernels.WIDEST else ()
+    return ("wide features",) * (widest > kernels.WIDEST) + ("packs",) * (pack is not None)
 
 
 @implementation("hybrid", "reference", serves=("wide features",))
@@ -200,37 +200,40 @@ def _torch(*arguments) -> Attended:
     return merged(*arguments, backend="torch")
 
 
-def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary) -> Attended:
+def _triton(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, pack=None) -> Attended:
     from core.attention.kernels.hybrid_entry import by_one_kernel, fused
 
     parts = q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask
     if by_one_kernel(q, v, tail_q, phi, slopes):
-        return fused(*parts, scale, rotary)[0]
-    return merged(*parts, slopes, scale, rotary, backend="triton")
+        return fused(*parts, scale, rotary, pack=pack)[0]
+    return merged(*parts, slopes, scale, rotary, backend="triton", pack=pack)
 
 
 if kernels.PRESENT:
-    implementation("hybrid", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+    serves = ("state", "packs")
+    implementation("hybrid", "triton", serves=serves, devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
-def merged(q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, *, backend) -> Attended:
+def merged(
+    q, k, v, tail_q, tail_k, window, phi, gate, causal, key_mask, slopes, scale, rotary, *, backend, pack=None
+) -> Attended:
     """The window and the tail, each by its own kernel, and their merge."""
     behind = k.shape[2] - q.shape[2] - window  # the newest key of query 0's tail
     tail_q, tail_k, phi, turning, level = featured(tail_q, hide(tail_k, key_mask), phi, rotary)  # once for both sides
-    options = {"key_mask": key_mask, "slopes": slopes, "rotary": turning, "backend": backend}
+    options = {"key_mask": key_mask, "slopes": slopes, "rotary": turning, "backend": backend, "pack": pack}
     parts = [linear.sums(tail_q, tail_k, v, phi, "past", behind, **options)[0]]
     if not causal:
         parts.append(linear.sums(tail_q, tail_k, v, phi, "future", window, **options)[0])
     tails = [linear.raised(weighted(part, gate, slopes, window), level) for part in parts]
-    return merge(near(q, k, v, window, causal, key_mask, slopes, scale, rotary, backend), *tails)
+    return merge(near(q, k, v, window, causal, key_mask, slopes, scale, rotary, backend, pack), *tails)
 
 
-def near(q, k, v, window, causal, key_mask, slopes, scale, rotary, backend="torch") -> Attended:
+def near(q, k, v, window, causal, key_mask, slopes, scale, rotary, backend="torch", pack=None) -> Attended:
     """The window's part."""
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
     options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": backend}
-    return attend_window(q, k, v, window, **options)
+    return attend_window(q, k, v, window, pack=pack, **options)
 
 
 def weighted(tail: Attended, gate: Tensor, slopes: Tensor | None, window: int) -> Attended:
@@ -246,6 +249,12 @@ def resume(
     tail_of: what phi acts on, from keys; applied to each key when it leaves.
     """
     backend = resolve("hybrid", backend, q.device.type, q.dtype, ("state", *_needs(q, v, tail_q, phi))).name
+    if backend == "triton":
+        from core.attention.kernels.hybrid_entry import stepped
+
+        one = stepped(q, k, v, tail_q, tail_of, state, window, phi, gate, key_mask, slopes, scale, rotary)
+        if one is not None:
+            return one
     leaving = k.shape[2]  # as many as come
     ring = extend_ring(state, k, v, key_mask)
     if rotary is not None:
@@ -332,25 +341,18 @@ class HybridAttention(Variant):
         return self.project.map
 
     def forward(
-        self,
-        q,
-        k,
-        v,
-        *,
-        causal=False,
-        key_mask=None,
-        rotary=None,
-        slopes=None,
-        dropout=0.0,
-        return_mass=False,
-        backend="auto",
-        inputs=NO_INPUTS,
-    ) -> Attended:
-        parts = self._parts(q, slopes, backend)
+        self, q, k, v, *, causal=False, key_mask=None, rotary=None, slopes=None, dropout=0.0, return_mass=False,
+        backend="auto", inputs=NO_INPUTS, pack=None,
+    ) -> Attended:  # fmt: skip
+        parts = {**self._parts(q, slopes, backend), **({} if pack is None else {"pack": pack})}
         attended = attend(q, k, v, *self.project(q, k), causal=causal, key_mask=key_mask, rotary=rotary, **parts)
         if self.convolution is None:
             return attended
         return self.convolution.add_to(attended, v, causal=causal, key_mask=key_mask, grid=inputs.grid)
+
+    def reads_packs(self, q, v, *, backend="auto") -> bool:
+        tail_q = q.new_empty(0, 0, 0, self.project.width)
+        return self.convolution is None and honours("hybrid", "packs", backend, q, v, _needs(q, v, tail_q, self.map))
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         features = self.map.width(self.project.width)
@@ -388,12 +390,5 @@ class HybridAttention(Variant):
         )
 
     def _parts(self, q: Tensor, slopes: Tensor | None, backend: str) -> dict:
-        scale = q.shape[-1] ** -0.5
-        return {
-            "window": self.window,
-            "phi": self.map,
-            "gate": self.gate,
-            "slopes": slopes,
-            "scale": scale,
-            "backend": backend,
-        }
+        parts = {"window": self.window, "phi": self.map, "gate": self.gate, "slopes": slopes, "backend": backend}
+        return {**parts, "scale": q.shape[-1] ** -0.5}

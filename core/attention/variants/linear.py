@@ -17,12 +17,14 @@ Where we differ:
     denominator (masking the values alone does not).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from core.attention import kernels
 from core.attention.autocast import lowered
-from core.attention.backends import implementation, resolve
+from core.attention.backends import honours, implementation, resolve
 from core.attention.blocked.linear import CHUNK, least_denominator, linear_forward
 from core.attention.contract import (
     NO_INPUTS,
@@ -42,6 +44,7 @@ from core.attention.feature_maps import feature_map as phi_named
 from core.attention.feature_projection import FeatureProjection, featured
 from core.attention.grid import ValueConvolution, last_positions
 from core.attention.learned_maps import Focused, LearnedMap
+from core.attention.packing import Pack
 from core.attention.registry import register
 
 
@@ -129,7 +132,8 @@ def attend(
     """`linear_attention` without its checks, with the options of `sums`; always gives a pair."""
     slopes, normalize = options.get("slopes"), options.get("normalize", True)
     if causal:
-        return sums(q, k, v, phi, "past", k.shape[2] - q.shape[2], state=state, keep=keep, **options)
+        offset = k.shape[2] - q.shape[2] if options.get("pack") is None else 0
+        return sums(q, k, v, phi, "past", offset, state=state, keep=keep, **options)
     if slopes is None:
         return sums(q, k, v, phi, "both", 0, state=state, keep=keep, **options)
     past, _ = sums(q, k, v, phi, "past", 0, **options)  # with the diagonal
@@ -160,38 +164,42 @@ def raised(attended: Attended, by: Tensor | None) -> Attended:
 
 
 def sums(
-    q,
-    k,
-    v,
-    phi: FeatureMap | LearnedMap,
-    direction: str,
-    offset: int,
-    *,
-    key_mask=None,
-    slopes=None,
-    rotary=None,
-    state=None,
-    keep=False,
-    normalize=True,
-    backend="auto",
-) -> tuple[Attended, State | None]:
+    q, k, v, phi: FeatureMap | LearnedMap, direction: str, offset: int, *, key_mask=None, slopes=None,
+    rotary: tuple | None = None, state=None, keep=False, normalize=True, backend="auto", pack: Pack | None = None,
+) -> tuple[Attended, State | None]:  # fmt: skip
     """Sums over all keys ("both"), keys j <= i + offset ("past") or j >= i + offset ("future").
 
     With slopes a weight decays by exp(-slope |i + offset - j|). Rotary positions act before phi for kernel maps; for
     other maps on the features, in the numerator only. normalize=False is for maps without parameters: the features of
-    favor are known up to a factor per query only.
+    favor are known up to a factor per query only. pack: q, k and v are packs; without a state, which is of a sequence.
     """
     k, v = hide(k, key_mask), hide(v, key_mask)
-    q, k, phi, rotary, level = featured(q, k, phi, rotary)
+    needs = ("state",) if state is not None or keep else ()
+    needs += ("packs",) if pack is not None else ()
+    fuses = isinstance(phi, Focused) and resolve("linear", backend, q.device.type, q.dtype, needs).name == "triton"
+    fuses = fuses and q.shape[3] <= kernels.WIDEST and (state is None or q.shape[2] > 1)  # the step takes features
+    level = None
+    if not fuses:
+        q, k, phi, rotary, level = featured(q, k, phi, rotary)
     if slopes is not None:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    needs = ("state",) if state is not None or keep else ()
     needs += ("wide features",) if phi.width(q.shape[3]) > kernels.WIDEST else ()
     run = resolve("linear", backend, q.device.type, q.dtype, needs).run
+    run = run if pack is None else partial(run, pack=pack)
     before = (None, None) if state is None else (state["sum"], state["count"])
-    if rotary is None:
-        attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
+
+    def whole(attended: Attended, total: Tensor) -> tuple[Attended, State | None]:
         return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
+
+    if rotary is None:
+        return whole(*run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before))
+    if run is _triton and (direction, offset, normalize) == ("past", 0, True):
+        from core.attention.kernels.linear_entry import turned_step
+
+        one = turned_step(q, k, v, phi, key_mask, slopes, rotary, *before)
+        if one is not None:
+            return whole(*one)
+    assert isinstance(phi, FeatureMap)  # a fused map meets no rotation
     acc = accumulator(v.dtype)
     fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)
     # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
@@ -202,13 +210,10 @@ def sums(
     mass, ones = run(q, k, v[..., :0], phi, direction, offset, key_mask, slopes, True, plain, before[1])
     out = turned.out
     if normalize:
-        least = least_denominator(q, k, key_mask, before[1], phi.name, direction, offset)
+        least = least_denominator(q, k, key_mask, before[1], phi.name, direction, offset, pack)
         den = torch.maximum(mass.log_mass.exp(), least)
         out = out * torch.where(mass.log_mass == -torch.inf, 0.0, 1 / den).unsqueeze(-1)
-    attended = raised(Attended(out.to(v.dtype), mass.log_mass), level)
-    if not keep:
-        return attended, None
-    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": counted(q, k, key_mask, before[1])}
+    return whole(Attended(out.to(v.dtype), mass.log_mass), torch.cat((total[..., :-1], ones), -1) if keep else total)
 
 
 @implementation("linear", "reference", serves=("wide features",))
@@ -231,32 +236,23 @@ def _torch(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, 
     return Attended(out, mass), total
 
 
-def _triton(q, k, v, phi, direction, offset, key_mask, slopes, normalize, state, count) -> tuple[Attended, Tensor]:
-    from core.attention.kernels.linear import MAPS, linear_forward
-    from core.attention.kernels.step import is_step, linear_step
+def _triton(*given, pack=None) -> tuple[Attended, Tensor]:
+    from core.attention.kernels.linear_entry import run
 
-    if phi.name not in MAPS:
-        q, k = phi.features(q.float()).to(q.dtype), phi.features(k.float()).to(k.dtype)
-        phi = FEATURE_MAPS["given_floored" if phi.floor else "given"]
-    if direction == "past" and offset == 0 and is_step(q, k, v, state):
-        out, mass, total = linear_step(q, k, v, key_mask, slopes, state, count, phi.name, normalize)
-        return Attended(out, mass), total
-    out, mass, _, total = linear_forward(
-        q, k, v, key_mask, slopes, state, count, phi.name, direction, offset, normalize
-    )
-    return Attended(out, mass), total
+    return run(*given, pack=pack)
 
 
 if kernels.PRESENT:
-    implementation("linear", "triton", serves=("state",), devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
+    serves = ("state", "packs")
+    implementation("linear", "triton", serves=serves, devices=kernels.DEVICES, dtypes=kernels.DTYPES)(_triton)
 
 
 def counted(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
     """Keys summed so far, [B]."""
     if key_mask is None:
-        new = torch.full((k.shape[0],), k.shape[2], dtype=accumulator(q.dtype), device=k.device)
-    else:
-        new = key_mask.sum(-1, dtype=accumulator(q.dtype))
+        first = torch.zeros(k.shape[0], dtype=accumulator(q.dtype), device=k.device) if before is None else before
+        return first + k.shape[2]
+    new = key_mask.sum(-1, dtype=accumulator(q.dtype))
     return new if before is None else new + before
 
 
@@ -325,14 +321,18 @@ class LinearAttention(Variant):
         return_mass=False,
         backend="auto",
         inputs=NO_INPUTS,
+        pack=None,
     ) -> Attended:
         q, k = self.project(q, k)
-        attended, _ = attend(
-            q, k, v, self.map, causal=causal, key_mask=key_mask, slopes=slopes, rotary=rotary, backend=backend
-        )
+        options = {"key_mask": key_mask, "slopes": slopes, "rotary": rotary, "backend": backend, "pack": pack}
+        attended, _ = attend(q, k, v, self.map, causal=causal, **options)
         if self.convolution is None:
             return attended
         return self.convolution.add_to(attended, v, causal=causal, key_mask=key_mask, grid=inputs.grid)
+
+    def reads_packs(self, q, v, *, backend="auto") -> bool:
+        wide = self.map.width(self.project.width) > kernels.WIDEST
+        return self.convolution is None and honours("linear", "packs", backend, q, v, ("wide features",) * wide)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         state = empty_sum(self.heads, self.map.width(self.project.width), batch, positions, device, dtype)

@@ -44,6 +44,7 @@ class MLSTMAttention(Recurrence):
     """
 
     kind = "decay"
+    by_position = False  # its running maximum looks back
     activation = staticmethod(torch.sigmoid)
 
     def __init__(self, heads: Heads, *, input_gate: str = "exp", norm: bool = True, gate: bool = True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.attention import kernels
 from core.attention.autocast import lowered
-from core.attention.backends import FLEX, implementation, resolve
+from core.attention.backends import FLEX, honours, implementation, resolve
 from core.attention.blocked.window import window_forward
 from core.attention.contract import (
     NO_INPUTS,
@@ -32,6 +32,7 @@ from core.attention.contract import (
     repeat_heads,
     visible,
 )
+from core.attention.packing import Pack
 from core.attention.positions import alibi_bias
 from core.attention.registry import register
 from core.attention.ring import empty_ring, extend_ring, keep_ring
@@ -82,14 +83,18 @@ def sliding_window_attention(
     return attended if return_mass else attended.out
 
 
-def attend(q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, backend="auto") -> Attended:
-    """`sliding_window_attention`, always with the mass, which comes for nothing."""
+def attend(
+    q, k, v, window, *, causal, key_mask=None, slopes=None, scale=None, backend="auto", pack: Pack | None = None
+) -> Attended:
+    """`sliding_window_attention`, always with the mass, which comes for nothing, also of packs."""
     check_inputs(q, k, v, key_mask, slopes)
     check_window(window)
     check_nearest(q, k, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    choice = resolve("window", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
-    return choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale)
+    needs = () if pack is None else ("packs",)
+    choice = resolve("window", backend, q.device.type, q.dtype, needs, (q.shape[3], v.shape[3]))
+    given = {} if pack is None else {"pack": pack}
+    return choice.run(q, hide(k, key_mask), hide(v, key_mask), window, causal, key_mask, slopes, scale, **given)
 
 
 def check_window(window: int) -> None:
@@ -125,15 +130,16 @@ def _flex(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
     return flex.attend(q, k, v, near, (window,), **given)
 
 
-def _triton(q, k, v, window, causal, key_mask, slopes, scale) -> Attended:
+def _triton(q, k, v, window, causal, key_mask, slopes, scale, pack=None) -> Attended:
     from core.attention.kernels.window import window_forward
 
-    return Attended(*window_forward(q, k, v, key_mask, slopes, window, causal, scale))
+    packed = () if pack is None else (pack.offsets, pack.longest)
+    return Attended(*window_forward(q, k, v, key_mask, slopes, window, causal, scale, *packed))
 
 
 if kernels.PRESENT:
     given = {"devices": kernels.DEVICES, "dtypes": kernels.DTYPES, "widths": (1, kernels.WIDEST)}
-    implementation("window", "triton", **given)(_triton)
+    implementation("window", "triton", serves=("packs",), **given)(_triton)
 
 
 @register(
@@ -168,11 +174,15 @@ class WindowAttention(Variant):
         return_mass=False,
         backend="auto",
         inputs=NO_INPUTS,
+        pack=None,
     ) -> Attended:
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
-        options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "backend": backend}
+        options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "backend": backend, "pack": pack}
         return attend(q, k, v, self.window, **options)
+
+    def reads_packs(self, q, v, *, backend="auto") -> bool:
+        return honours("window", "packs", backend, q, v)
 
     def init_state(self, batch: int, *, positions=None, device=None, dtype=None) -> State:
         return empty_ring(self.heads, batch, self.window - 1, device, dtype)
@@ -182,6 +192,15 @@ class WindowAttention(Variant):
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
+        choice = resolve("window", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
+        if choice.name == "triton":
+            from core.attention.kernels.ring_step import window_step
+            from core.attention.kernels.step import is_step
+
+            ring = state["keys"], state["values"], state["mask"]
+            if is_step(q, k, v, *ring[:2]):
+                out, mass, *ring = window_step(q, k, v, key_mask, slopes, *ring, q.shape[3] ** -0.5)
+                return Attended(out, mass), dict(zip(("keys", "values", "mask"), ring))
         all_keys = extend_ring(state, k, v, key_mask)
         options = {"key_mask": all_keys["mask"], "slopes": slopes, "backend": backend}
         attended = attend(q, all_keys["keys"], all_keys["values"], self.window, causal=True, **options)

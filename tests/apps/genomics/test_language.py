@@ -136,6 +136,41 @@ def test_neighbours_know_what_stands_between():
     assert scores[0] == pytest.approx(1 / 3, abs=0.02)
 
 
+def test_a_shortcut_of_neighbours_starts_at_their_counts(genome, built):
+    _, data, task = built("masked", genome, {"shortcut": "neighbours:2"})
+    with torch.no_grad():
+        task.model.head.weight.zero_()
+        task.model.head.bias.zero_()
+    codes = [one.astype(np.uint8) for one in data.train.sequences]
+    letters, at, unknown = torch.tensor(codes[0][:60].astype(np.int64))[None], 30, task.model.tokens.mask
+    real = torch.ones_like(letters, dtype=torch.bool)
+
+    def answer(ids):
+        with torch.no_grad():
+            return task.model(ids, real)[0, at].log_softmax(-1)
+
+    wanted = Neighbours(codes, 2, DNA)
+    row = wanted.table[wanted.around(codes[0][:60])[0][at]]
+    assert np.allclose(answer(letters).numpy(), row, atol=1e-5)
+    hidden = letters.clone()
+    hidden[0, at] = unknown
+    assert torch.equal(answer(hidden), answer(letters)), "the letter itself is not looked at"
+    # Beside a mask: the counts of all letters that it may hide, here the nearest on the right.
+    hidden[0, at + 1] = unknown
+    left, far = letters[0, at - 2 : at].tolist(), int(letters[0, at + 2])
+    counts = wanted.counts[left[0], left[1], far].sum(0) + 1
+    assert np.allclose(answer(hidden).exp().numpy(), counts / counts.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "shortcut", "message"),
+    [("causal", {}, "neighbours:2", "does not go with"), ("masked", {}, "neighbours:9", "from 1 to 4")],
+)
+def test_a_shortcut_that_does_not_fit_the_task_is_refused(genome, recipe, task, data, shortcut, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        recipe(task, genome | data, {"shortcut": shortcut})
+
+
 @pytest.mark.parametrize("tokens", ["char", "kmer:3:3", "bpe:64"])
 def test_perplexity_of_a_uniform_model_is_that_of_its_tokens_per_base(genome, built, tokens):
     _, data, task = built("causal", {**genome, "tokens": tokens, "length": 32})

@@ -70,6 +70,22 @@ def test_masks_have_the_size_and_names_of_their_images(segmenter, halves, tmp_pa
     assert np.array(Image.open(files[1])).shape == (50, 75, 3)
 
 
+def test_no_answer_takes_the_place_of_an_image_or_of_another_answer(segmenter, halves, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.open(halves / "test" / "0.png").save(photos / "a.png")
+    before = (photos / "a.png").read_bytes()
+    with pytest.raises(UserError, match="is the input itself"):
+        predict(segmenter, photos, photos)
+    with pytest.raises(UserError, match=r"a\.png would be written over; choose another folder"):
+        predict(segmenter, photos / "a.png", photos)
+    Image.open(halves / "test" / "1.png").convert("RGB").save(photos / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg and a\.png would both be answered in .*masks/a\.png; rename one"):
+        predict(segmenter, photos, tmp_path / "masks")
+    assert (photos / "a.png").read_bytes() == before
+    assert not (tmp_path / "masks").exists()
+
+
 def test_a_window_that_holds_the_image_gives_what_the_whole_gives(segmenter, halves, monkeypatch):
     run = load_run(segmenter)
     image = read_image(halves / "test" / "1.png", "rgb")[:, :32, :32]
@@ -124,24 +140,6 @@ def test_inspect_draws_attention_and_field_of_every_image(classifier, segmenter,
         "0_field.png",
     ]
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
-
-
-def test_the_receptive_field_of_a_window_is_smaller_than_that_of_softmax(colours, tmp_path):
-    from apps.vision.inspect import receptive_field
-    from apps.vision.task import build_task
-    from core.training.recipe import load_recipe
-
-    spec = {"task": "classes", "classes": ["a", "b"], "counts": [1, 1], "size": [64, 64], "mean": [0.5] * 3}
-    spec |= {"std": [0.2] * 3, "reading": {}}
-    shares = {}
-    for attention in ("softmax", "window2d", "hybrid2d"):
-        torch.manual_seed(0)
-        given = [f"attention={attention}", "data.size=64", "model.patch=8", "model.stem=patch", "backbone.depth=1"]
-        more = ["attention.window=2"] if attention != "softmax" else []
-        task = build_task(load_recipe("vision/folder", [*given, *more]), spec).eval()
-        shares[attention] = (receptive_field(task, torch.randn(1, 3, 64, 64)) > 0).float().mean().item()
-    assert shares["softmax"] == shares["hybrid2d"] == 1.0
-    assert shares["window2d"] == 9 / 64
 
 
 def test_a_table_of_a_run_that_skips_broken_images_names_them(classifier, tmp_path):

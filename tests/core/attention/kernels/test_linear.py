@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core.attention import explain_backend, kernels, linear_attention
+from core.attention import Attention, explain_backend, kernels, linear_attention
 from core.attention.blocked import linear as blocked
+from core.attention.contract import Heads
 from core.attention.feature_maps import FEATURE_MAPS
 from core.attention.kernels import linear as fused
+from core.attention.kernels.features import MAPS as PLAIN
+from core.attention.kernels.launch import segments
+from core.attention.learned_maps import Focused
 
 # (batch, heads, key heads, queries, keys, width, values), direction, offset
 SPANS = {
@@ -71,7 +75,7 @@ def test_half_precision(span, options, dtype, device, compare):
     run(span, "elu", options, True, dtype, device, compare)
 
 
-@pytest.mark.parametrize("phi", fused.MAPS)
+@pytest.mark.parametrize("phi", PLAIN)
 def test_every_map(phi, device, compare):
     run(
         "square",
@@ -82,6 +86,47 @@ def test_every_map(phi, device, compare):
         device,
         compare,
     )
+
+
+@pytest.mark.parametrize("span", ["square", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_map_focused_and_the_gradient_at_its_scale(span, compare, device):
+    (b, h, kh, length, keys, width, values), direction, offset = SPANS[span]
+    q, k, v = torch.randn(b, h, length, width), torch.randn(b, kh, keys, width), torch.randn(b, kh, keys, values)
+    q[0, 0, 3] = -1.0  # a row of which nothing is left but the smallest numbers
+    scale, mask = torch.randn(1, kh, 1, width), torch.rand(b, keys) > 0.3
+    phi = Focused(Heads(h, kh, width, values), width)
+
+    def slow(q, k, v, scale):
+        features = phi._one(q, scale[0].repeat_interleave(h // kh, 0)), phi._one(k, scale[0])
+        given = (*features, v, mask, None, None, None, "given_floored", direction, offset, True)
+        return blocked.linear_forward(*given)[:2]
+
+    def fast(q, k, v, scale):
+        factor = 1 / torch.nn.functional.softplus(scale[0, :, 0].float())
+        given = (q, k, v, mask.to(device), None, None, None, "focused", direction, offset, True, factor)
+        return fused.linear_forward(*given)[:2]
+
+    compare(fast, slow, [q, k, v, scale], torch.float32, device)
+
+
+def test_a_layer_computes_focused_in_the_kernel_and_steps_by_its_features(device, monkeypatch):
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        options = {"feature_map": "focused", "num_kv_heads": 1, "positions": "alibi", "backend": backend}
+        layer = Attention(12, 2, "linear", causal=True, **options).to(device)
+        x = torch.randn(2, 9, 12, device=device)
+        with torch.no_grad():
+            read, state = layer.prefill(x[:, :8], layer.init_state(2))
+            step, _ = layer.step(x[:, 8], state)
+        if backend == "triton":
+            monkeypatch.setattr(Focused, "_features", None)
+        y = layer(x)
+        torch.testing.assert_close(torch.cat((read, step[:, None]), 1), y, rtol=1e-4, atol=1e-5)
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))))
+    for got, want in zip(*results):
+        # Gradients at keys are differences of large numbers: both backends are as far from float64.
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * (1 + want.abs().max().item()))
 
 
 @pytest.mark.parametrize(("span", "options"), WIDE)
@@ -157,6 +202,6 @@ def test_operators_are_what_they_say(device):
 
 
 def test_many_segments_are_cut_whole():
-    pieces = SimpleNamespace(**dict(zip(("parts", "size"), fused.segments(1000, 16, 1, torch.device("cpu")))))
+    pieces = SimpleNamespace(**dict(zip(("parts", "size"), segments(1000, 16, 1, torch.device("cpu")))))
     assert pieces.size % 16 == 0
     assert (pieces.parts - 1) * pieces.size < 1000 <= pieces.parts * pieces.size
