@@ -178,7 +178,9 @@ def sums(
     needs += ("packs",) if pack is not None else ()
     fuses = isinstance(phi, Focused) and resolve("linear", backend, q.device.type, q.dtype, needs).name == "triton"
     fuses = fuses and q.shape[3] <= kernels.WIDEST and (state is None or q.shape[2] > 1)  # the step takes features
-    q, k, phi, rotary, level = (q, k, phi, None, None) if fuses else featured(q, k, phi, rotary)
+    level = None
+    if not fuses:
+        q, k, phi, rotary, level = featured(q, k, phi, rotary)
     if slopes is not None:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     needs += ("wide features",) if phi.width(q.shape[3]) > kernels.WIDEST else ()
