@@ -188,7 +188,7 @@ def sums(
     run = run if pack is None else partial(run, pack=pack)
     before = (None, None) if state is None else (state["sum"], state["count"])
 
-    def whole(attended: Attended, total: Tensor) -> tuple[Attended, State | None]:
+    def whole(attended, total):  # no types, which would stop a trace
         return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
 
     if rotary is None:
