@@ -164,8 +164,8 @@ def raised(attended: Attended, by: Tensor | None) -> Attended:
 
 
 def sums(
-    q, k, v, phi: FeatureMap | LearnedMap, direction: str, offset: int, *, key_mask=None, slopes=None, rotary=None,
-    state=None, keep=False, normalize=True, backend="auto", pack: Pack | None = None,
+    q, k, v, phi: FeatureMap | LearnedMap, direction: str, offset: int, *, key_mask=None, slopes=None,
+    rotary: tuple | None = None, state=None, keep=False, normalize=True, backend="auto", pack: Pack | None = None,
 ) -> tuple[Attended, State | None]:  # fmt: skip
     """Sums over all keys ("both"), keys j <= i + offset ("past") or j >= i + offset ("future").
 
@@ -187,9 +187,19 @@ def sums(
     run = resolve("linear", backend, q.device.type, q.dtype, needs).run
     run = run if pack is None else partial(run, pack=pack)
     before = (None, None) if state is None else (state["sum"], state["count"])
-    if rotary is None:
-        attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
+
+    def whole(attended: Attended, total: Tensor) -> tuple[Attended, State | None]:
         return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
+
+    if rotary is None:
+        return whole(*run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before))
+    if run is _triton and (direction, offset, normalize) == ("past", 0, True):
+        from core.attention.kernels.linear_entry import turned_step
+
+        one = turned_step(q, k, v, phi, key_mask, slopes, rotary, *before)
+        if one is not None:
+            return whole(*one)
+    assert isinstance(phi, FeatureMap)  # a fused map meets no rotation
     acc = accumulator(v.dtype)
     fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)
     # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
@@ -203,10 +213,7 @@ def sums(
         least = least_denominator(q, k, key_mask, before[1], phi.name, direction, offset, pack)
         den = torch.maximum(mass.log_mass.exp(), least)
         out = out * torch.where(mass.log_mass == -torch.inf, 0.0, 1 / den).unsqueeze(-1)
-    attended = raised(Attended(out.to(v.dtype), mass.log_mass), level)
-    if not keep:
-        return attended, None
-    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": counted(q, k, key_mask, before[1])}
+    return whole(Attended(out.to(v.dtype), mass.log_mass), torch.cat((total[..., :-1], ones), -1) if keep else total)
 
 
 @implementation("linear", "reference", serves=("wide features",))
@@ -243,9 +250,9 @@ if kernels.PRESENT:
 def counted(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
     """Keys summed so far, [B]."""
     if key_mask is None:
-        new = torch.full((k.shape[0],), k.shape[2], dtype=accumulator(q.dtype), device=k.device)
-    else:
-        new = key_mask.sum(-1, dtype=accumulator(q.dtype))
+        first = torch.zeros(k.shape[0], dtype=accumulator(q.dtype), device=k.device) if before is None else before
+        return first + k.shape[2]
+    new = key_mask.sum(-1, dtype=accumulator(q.dtype))
     return new if before is None else new + before
 
 
