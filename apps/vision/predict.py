@@ -2,8 +2,9 @@
 
 import csv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
     assert isinstance(task, VisionTask)
     assert isinstance(recipe, VisionRecipe)
     names, root = find_images(input)
+    if output.suffix.lower() != ".csv":
+        check_stems(names)
     dense = task.kind in ("segments", "values")
     if task.kind == "boxes":
         if output.suffix and output.suffix.lower() != ".csv":
@@ -91,6 +94,29 @@ def find_images(input: Path) -> tuple[list[str], Path]:
     return names, input
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[TextIO]:
+    """A table that is there when the block ends, and what was there before where it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_stems(names: list[str]) -> None:
+    """Raise UserError where two images would be written under one name, as a.jpg and a.png."""
+    taken: dict[PurePosixPath, str] = {}
+    for name in names:
+        before = taken.setdefault(PurePosixPath(name).with_suffix(""), name)
+        if before != name:
+            raise UserError(f"{before} and {name} would be written under one name; rename one of them")
+
+
 def _read(root: Path, names: list[str], recipe: VisionRecipe, broken: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         try:
@@ -116,7 +142,7 @@ def reader_of(task: VisionTask, settings: PredictSection) -> Reader:
 def _classes(task: VisionTask, recipe: VisionRecipe, root: Path, names: list[str], output: Path) -> list[Path]:
     settings, classes = recipe.predict, task.spec["classes"]
     reader, broken = reader_of(task, settings), []
-    with output.open("w", newline="", encoding="utf-8") as file:
+    with whole(output) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "predicted", *(f"p_{name}" for name in classes)])
         for some in _batched(_read(root, names, recipe, broken), settings.batch_size):
@@ -162,7 +188,7 @@ def _boxes(task: VisionTask, recipe: VisionRecipe, root: Path, names: list[str],
     table = output / "boxes.csv" if drawn else output
     table.parent.mkdir(parents=True, exist_ok=True)
     files = [table]
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with whole(table) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "class", "score", *SIDES])
         for name, image in _read(root, names, recipe, broken):

@@ -46,6 +46,8 @@ def headline(plan: Plan, table: Table) -> str:
     if len(finished) == 1:
         which = "The only variant" if len(table.rows) == 1 else "The only variant with a finished run"
         return f"{which}, {best.variant}, reaches {score}."
+    if most == 1 and len({_score(plan, table, row) for row in finished}) == 1:
+        return f"One seed cannot separate variants: all of them reach {score}; run at least three seeds."
     if most == 1:
         return f"One seed cannot separate variants: {best.variant} comes out first ({score}); run at least three seeds."
     return _recommendation(plan, table, best, others, score)

@@ -6,6 +6,7 @@ killed in the middle of an epoch continues with exactly the batch that it would 
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +144,11 @@ class Loader(DataLoader):
             # torch's own Subset has a `__getitems__` too, but it returns a list of items.
             whole = hasattr(dataset, "__getitems__") and not isinstance(dataset, Subset)
             collate = whole_batch if whole else default_collate
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if workers > max(16, 4 * cores):  # each is a process with all of torch in it
+            raise UserError(
+                f"trainer.workers={workers} is too many for {cores} cores: at most {max(16, 4 * cores)} here"
+            )
         generator = torch.Generator()
         super().__init__(dataset, batch_sampler=order, collate_fn=collate, num_workers=workers, generator=generator)
         self.order = order
@@ -156,9 +162,14 @@ class Loader(DataLoader):
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         # Counts what was handed out, not what the workers have fetched ahead.
-        for batch in batches:
-            self._batch += 1
-            yield batch
+        try:
+            for batch in batches:
+                self._batch += 1
+                yield batch
+        except UserError as error:
+            # torch brings an error home from a worker under the worker's traceback; the user's line is the last one.
+            line = str(error).strip().splitlines()[-1]
+            raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from error
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and batches of it that were handed out."""

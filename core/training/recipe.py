@@ -207,7 +207,12 @@ def _line(problem: Any, schema: type[BaseModel], values: dict[str, Any], source:
         keys.append(str(part))
     key = ".".join(keys)
     related = [o for o in given if key and (f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}."))]
-    where = f"override {given[related[-1]]!r}" if related else source
+    if isinstance(inner, dict):  # a whole section: the overrides that the text names are to blame, else all inside it
+        words = re.findall(r"\w+", problem["msg"])
+        related = [o for o in related if o.rpartition(".")[2] in words] or related
+    else:
+        related = related[-1:]
+    where = f"override {' '.join(given[o] for o in related)!r}" if related else source
     if not key and given:
         where = f"{source} with {' '.join(given.values())}"
     if problem["type"] == "extra_forbidden":
@@ -216,6 +221,9 @@ def _line(problem: Any, schema: type[BaseModel], values: dict[str, Any], source:
     if problem["type"] == "missing":
         return f"{where}: {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if problem["type"] in ("too_short", "too_long"):  # "List should have at least 1 item after validation, not 0"
+        message = message.partition(" should ")[2].replace(" after validation", "")
+        return f"{where}: {key} must {message}"
     if problem["type"] == "value_error":
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"
     near = ""

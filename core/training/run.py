@@ -96,10 +96,17 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot make the run folder {self.path}: {error.strerror}") from error
         with self.locked():
-            if not self.recipe.is_file():
+            fresh = not self.recipe.is_file()
+            if fresh:
                 write_text(self.recipe, dump(recipe))
             self.failure.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            except UserError:
+                # A mistake that only training could find, such as weights that do not fit: the name stays free.
+                if fresh and not any(self.checkpoints.iterdir()):
+                    self.recipe.unlink(missing_ok=True)
+                raise
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """One process per folder."""

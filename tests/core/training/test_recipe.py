@@ -171,6 +171,13 @@ def test_two_mistakes_are_two_lines(toy):
     ]
 
 
+def test_what_is_wrong_with_a_section_is_blamed_on_the_overrides_that_it_names(toy):
+    with pytest.raises(
+        UserError, match=r"^override 'backbone.dim=16 backbone.heads=3': backbone: heads must divide dim"
+    ):
+        load_recipe("toy/demo", ["backbone.dim=16", "backbone.heads=3", "backbone.mlp_dim=32"])
+
+
 @pytest.mark.parametrize(
     ("reference", "told"),
     [

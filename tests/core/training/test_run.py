@@ -202,6 +202,17 @@ def test_settings_of_predict_may_change_after_training_and_nothing_else(run, toy
         predict(run.run_dir, "in.txt", "out.txt", ["predict.scal=2"])
 
 
+def test_a_mistake_that_training_finds_at_its_start_leaves_the_name_free(toy, monkeypatch):
+    def refuse(self, stage):
+        raise UserError("the weights do not fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "setup", refuse)
+        with pytest.raises(UserError, match="the weights do not fit"):
+            fit("toy/demo", run_dir="again", quiet=True)
+    assert fit("toy/demo", run_dir="again", quiet=True, overrides=["trainer.epochs=1"]).status == "ok"
+
+
 def test_inspect_writes_into_a_folder_or_says_that_there_is_nothing(run, toy, monkeypatch):
     (toy / "in.txt").write_text("")
     assert [str(path) for path in inspect(run.run_dir, "in.txt", "deep/look", ["predict.scale=2"])] == [
@@ -209,7 +220,7 @@ def test_inspect_writes_into_a_folder_or_says_that_there_is_nothing(run, toy, mo
     ]
     assert (toy / "deep" / "look" / "weights.txt").read_text() == "2.0 in.txt"
     (toy / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the folder of 'file'"):
+    with pytest.raises(UserError, match="--output file is a file; a folder is wanted"):
         inspect(run.run_dir, "in.txt", "file")
     blind = replace(get_app("toy"), inspect=None)
     monkeypatch.setattr("core.training.run.get_app", lambda _: blind)

@@ -139,6 +139,8 @@ def test_one_seed_separates_nothing():
     )
     assert table.rows[1].baseline.verdict == "not separable"
     assert table.warnings[0] == "One seed cannot tell whether a variant beats the best floor (r, mse 5.0000)."
+    alike = table_of(plan_of(["softmax", "linear"], seeds=1), {"softmax": [0.5], "linear": [0.5]})
+    assert alike.headline.startswith("One seed cannot separate variants: all of them reach mse 0.5000;")
 
 
 def test_a_variant_that_fails_now_and_then_is_no_answer():
