@@ -87,12 +87,8 @@ class VisionTask(Task):
 
     # -- weights to start from -------------------------------------------------------------------------------------
 
-    def setup(self, stage: str | None = None) -> None:
-        """Bring in the weights that the recipe starts from, before training begins or goes on.
-
-        Raises:
-            UserError: they are not there or do not fit.
-        """
+    def bring_weights(self) -> None:
+        """Take over stock weights, those of a pretrained run, or those of the run that is converted."""
         options = self.recipe.model
         if options.weights is not None:
             from apps.vision.timm_models import load_weights
@@ -105,10 +101,17 @@ class VisionTask(Task):
             skip = [n for n in own if n.startswith(heads) and n in given and given[n].shape != own[n].shape]
             log.info("pretrained: %s", load_pretrained(self.model, options.pretrained, skip=skip))
         if options.convert_from is not None:
-            source = load_source(self.recipe, self.spec)
-            new = take_over(self.model, source.model)
+            new = take_over(self.model, load_source(self.recipe, self.spec).model)
             log.info("converted from %s; of the mechanisms' own: %s", options.convert_from, ", ".join(new) or "nothing")
-            self.distillation = [Distillation(source, options.distil)]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Before training begins or goes on: the run that a conversion learns from.
+
+        Raises:
+            UserError: it is not there or does not fit.
+        """
+        if self.recipe.model.convert_from is not None:
+            self.distillation = [Distillation(load_source(self.recipe, self.spec), self.recipe.model.distil)]
 
     # -- training --------------------------------------------------------------------------------------------------
 

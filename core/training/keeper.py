@@ -83,7 +83,7 @@ class Keeper(Checkpoint):
         if self.resumed is not None:
             if task.average is not None:
                 task.average.load_state_dict(self.resumed["average"])
-            sums = self.resumed["sums"]
+            sums: dict[str, Any] = self.resumed["sums"]
             task.loss_sum = None if sums["loss"] is None else sums["loss"].to(task.device)
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]

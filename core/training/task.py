@@ -44,6 +44,15 @@ class Task(pl.LightningModule):
 
     # -- what an app implements ------------------------------------------------------------------------------------
 
+    def bring_weights(self) -> None:
+        """Bring in the weights that the recipe starts from, if any; called once, before a new run trains.
+
+        A run that is resumed or loaded has all its weights in its checkpoint, so their source may be gone by then.
+
+        Raises:
+            UserError: they are not there or do not fit.
+        """
+
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss of a batch (a mean, scalar) and further scalars worth a column in metrics.csv."""
         raise NotImplementedError

@@ -63,6 +63,8 @@ class Training:
         steps = -(-len(self.loader) // settings.accumulate) * settings.epochs
         task.total_steps = min(steps, settings.max_steps or steps)
         self.cost = task.cost()
+        if not any(session.folder.checkpoints.glob("*.ckpt")):
+            task.bring_weights()
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or on from the newest checkpoint; returns the record of the last checkpoint."""

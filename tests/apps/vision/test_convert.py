@@ -160,6 +160,7 @@ def test_layers_are_learned_from_timm_weights_whose_classifier_is_for_other_clas
     recipe = stock_recipe(colours, folder / "1000.safetensors")
     data = build_data(recipe)
     task = build_task(recipe, data.spec)
+    task.bring_weights()
     task.setup()
     own, given = task.model.backbone.model.state_dict(), models[1000].state_dict()
     assert all(torch.equal(own[name], x) for name, x in given.items() if not name.startswith("head."))

@@ -239,7 +239,7 @@ def test_stock_weights_load_strictly_and_answer_as_timm_does(shapes, tmp_path):
     recipe = recipe_of(shapes, f"model.weights={tmp_path / 'stock.safetensors'}")
     data = build_data(recipe)
     task = build_task(recipe, data.spec).eval()
-    task.setup()
+    task.bring_weights()
     batch = next(iter(eval_loader(data, "test", batch_size=8)))
     x, real = task._inputs(batch)
     with torch.no_grad():
@@ -252,12 +252,13 @@ def test_stock_weights_load_strictly_and_answer_as_timm_does(shapes, tmp_path):
     with pytest.raises(
         UserError, match=r"1 names are missing, such as blocks.1.attn.qkv.weight; 1 are not the model's"
     ):
-        other.setup()
+        other.bring_weights()
 
 
 def test_a_converted_model_learns_from_real_tokens_only(run, shapes):
     recipe = recipe_of(shapes, "attention=linear", f"model.convert_from={run}")
     task = build_task(recipe, load_run(run).spec)
+    task.bring_weights()
     task.setup()
     real = torch.tensor([[32, 32], [8, 72]])
     x = torch.randn(2, 3, 32, 72)

@@ -155,13 +155,13 @@ def test_weights_of_another_run_start_a_new_one_also_with_another_head(classifie
     small = ["model.stem=patch", "model.stem_width=null", "backbone.depth=2", "backbone.mlp_dim=32"]
     small.append(f"model.pretrained={classifier}")
     _, task = batch_and_task(colours, *small)
-    task.setup()
+    task.bring_weights()
     source = load_run(classifier).task.model.state_dict()
     assert all(torch.equal(weight, source[name]) for name, weight in task.model.state_dict().items())
     _, other = batch_and_task(colours, *small, "data.classes=[blue,green,red]")
-    other.setup()
+    other.bring_weights()
     weights = other.model.state_dict()
     assert weights["head.weight"].shape[0] == 3
     assert all(torch.equal(weight, source[name]) for name, weight in weights.items() if not name.startswith("head."))
     with pytest.raises(UserError, match="use the same backbone"):
-        batch_and_task(colours, *small, "backbone.dim=32")[1].setup()
+        batch_and_task(colours, *small, "backbone.dim=32")[1].bring_weights()

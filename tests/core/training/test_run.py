@@ -292,7 +292,7 @@ def test_figures_that_come_and_go_keep_their_columns_and_their_means(toy, monkey
     assert read_curve(table, "train_distance") == [(12, 3), (18, 3)]
     assert read_curve(table, "train_rare") == [(12, 5), (18, 5)]
     assert [step for step, _ in read_curve(table, "val_mse")] == [6, 12, 18]
-    assert len({len(row) for row in csv.reader(table.open())}) == 1
+    assert len({line.count(",") for line in table.read_text().splitlines()}) == 1
 
 
 def test_clipping_bounds_the_gradient(toy, monkeypatch):
