@@ -3,6 +3,7 @@
     majority, mean            says the same of every sequence
     kmer                      logistic or ridge regression on shares of k-mers
     position                  the same on the letters of sequences of one length
+    shortcut                  the linear model of the recipe's shortcut at its fit, where training starts
     window                    the same on the letters around a base
     open_reading_frames       DNA with CDS labels: the longest stretch from start to stop codon wins
     markov_0, markov_best     the last letters tell the next one; the order is chosen on the validation part
@@ -29,7 +30,10 @@ from apps.genomics.metrics import base_figures, confusion, language_figures, mom
 from apps.genomics.neighbours import Neighbours
 from apps.genomics.orfs import frame_labels
 from apps.genomics.recipe import LANGUAGE, PER_BASE, GenomicsRecipe
+from apps.genomics.terms import feature_matrix
+from apps.genomics.words import Term, shortcut_terms
 from core.training.data import Data
+from core.training.matrices import unpack
 from core.training.scores import Scores
 
 WINDOW = 17
@@ -65,12 +69,14 @@ def _sequences(recipe: GenomicsRecipe, data: Data) -> dict[str, Scores]:
     found = {_plain_name(recipe): score(_same_for_all(recipe, targets, names), "test")}
     # More k-mers than sequences are not worth a fit.
     sizes = [k for k in SIZES[alphabet.name] if len(alphabet.atoms) ** k <= max(len(codes["train"]), 64)]
-    kinds = {"kmer": [("kmer", k) for k in sizes]}
+    kinds = {"kmer": [Term("kmer", k) for k in sizes]}
     lengths = {len(one) for part in codes.values() for one in part}
     if len(lengths) == 1:
-        kinds["position"] = [("position", 0)]
+        kinds["position"] = [Term("position", 1)]
     for name, choices in kinds.items():
         found[name] = _best(recipe, alphabet, codes, targets, len(names), choices, score)
+    if data.spec.get("shortcut") is not None:
+        found["shortcut"] = score(_start(recipe, data.spec, alphabet, codes["test"]), "test")
     if recipe.data.generated is not None:
         found["optimum"] = best_accuracy(recipe.data.generated.noise)
     return found
@@ -102,7 +108,7 @@ def _best(
     codes: dict[str, list[np.ndarray]],
     targets: dict[str, np.ndarray],
     answers: int,
-    choices: list[tuple[str, int]],
+    choices: list[Term],
     score: Callable[..., Scores],
 ) -> Scores:
     """The features and strength that are best on the validation part, fitted anew with it."""
@@ -113,19 +119,29 @@ def _best(
     trials = []
     aside = np.arange(len(codes["train"])) % ASIDE == 0 if "val" not in codes else np.zeros(len(codes["train"]), bool)
     asked = "train" if aside.any() else "val"
-    for tried_kind, tried_size in choices:
-        x = {part: linear.features(tried_kind, tried_size, codes[part], alphabet) for part in {"train", asked}}
+    for term in choices:
+        x = {part: feature_matrix([term], codes[part], alphabet) for part in {"train", asked}}
         seen, held = x["train"][~aside][::step], x["train"][aside] if asked == "train" else x["val"]
         for tried in strengths:
             fitted = _fit(recipe.task, seen, targets["train"][~aside][::step], answers, tried)
             figures = score(_say(recipe.task, held, fitted), asked, aside if asked == "train" else None)
-            trials.append((sign * figures.get(metric, 0.0), -len(trials), tried_kind, tried_size, tried))
-    _, _, kind, size, strength = max(trials)
+            trials.append((sign * figures.get(metric, 0.0), -len(trials), term, tried))
+    _, _, term, strength = max(trials)
     known = [part for part in ("train", "val") if part in codes]
-    both = np.concatenate([linear.features(kind, size, codes[part], alphabet) for part in known])
+    both = np.concatenate([feature_matrix([term], codes[part], alphabet) for part in known])
     y = np.concatenate([targets[part] for part in known])
     fitted = _fit(recipe.task, both[::step], y[::step], answers, strength)
-    return score(_say(recipe.task, linear.features(kind, size, codes["test"], alphabet), fitted), "test")
+    return score(_say(recipe.task, feature_matrix([term], codes["test"], alphabet), fitted), "test")
+
+
+def _start(recipe: GenomicsRecipe, spec: dict[str, Any], alphabet: Alphabet, codes: list[np.ndarray]) -> np.ndarray:
+    """What the shortcut says before training, in the units of the file."""
+    fitted = spec["shortcut"]
+    x = feature_matrix(shortcut_terms(fitted["terms"]), codes, alphabet, recipe.model.strand != "none")
+    answer = _say(recipe.task, x, (unpack(fitted["weights"]).numpy(), unpack(fitted["bias"]).numpy()))
+    if recipe.task == "regression" and recipe.model.scaled:
+        return answer * np.array(spec["deviation"]) + np.array(spec["mean"])
+    return answer
 
 
 def _fit(task: str, x: np.ndarray, y: np.ndarray, answers: int, strength: float) -> tuple[np.ndarray, np.ndarray]:

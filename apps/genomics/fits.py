@@ -1,4 +1,4 @@
-"""The fit that a shortcut starts from: on the training part alone, with the same features as the floor of its name."""
+"""The fit that a shortcut starts from: on the training part alone, with the features of the floors (`terms.py`)."""
 
 from typing import Any
 
@@ -11,46 +11,51 @@ from apps.genomics.labels import UNSCORED
 from apps.genomics.markov import Markov
 from apps.genomics.neighbours import Neighbours
 from apps.genomics.recipe import GenomicsRecipe
-from apps.genomics.words import shortcut_parts
+from apps.genomics.terms import feature_matrix
+from apps.genomics.words import by_position, shortcut_terms
 from core.training.errors import UserError
 from core.training.matrices import pack
 
-STRENGTH = {"position": 0.01, "kmer": 0.01, "window": 1.0}
-"""Inverse strengths of logistic shortcuts: rather too strong than too weak, since training goes on from there."""
+STRENGTH = 0.01
+"""Inverse strength of logistic shortcuts: rather too strong than too weak, since training goes on from there."""
+WINDOW_STRENGTH = 1.0
+"""That of `window`, which is fitted on far more rows than it has weights."""
 
 
 def fit_shortcut(
     recipe: GenomicsRecipe, alphabet: Alphabet, train: Items, names: list[str], spec: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Kind, size and packed weights of the recipe's shortcut; None: it wants none.
+    """Words and packed weights of the recipe's shortcut; None: it wants none.
 
     Raises:
         UserError: position needs sequences of one length.
     """
-    kind, size = shortcut_parts(recipe.model.shortcut)
-    if kind == "none":
+    words = recipe.model.shortcut
+    terms = shortcut_terms(words)
+    if not terms:
         return None
+    kind, size = terms[0]
     if kind == "markov":
         both = recipe.model.strand != "none"
         tables = Markov(train.sequences, size, alphabet, both_strands=both).tables
-        return {"kind": kind, "size": size, "weights": pack(np.concatenate(tables))}
+        return {"terms": words, "weights": pack(np.concatenate(tables))}
     if kind == "neighbours":
-        return {"kind": kind, "size": size, "weights": pack(gapped_table(recipe, alphabet, train, size))}
-    if kind == "position" and spec["fixed"] is None:
-        raise UserError("model.shortcut=position needs sequences of one length, and these differ; use kmer:4")
+        return {"terms": words, "weights": pack(gapped_table(recipe, alphabet, train, size))}
+    if by_position(words) and spec["fixed"] is None:
+        raise UserError(f"model.shortcut={words} needs sequences of one length, and these differ; use kmer:4")
     strength = recipe.model.shortcut_strength
     if kind == "window":
         weights, bias = _window(recipe, alphabet, train, names, size, strength, spec)
     else:
-        x = linear.features(kind, size, train.sequences, alphabet)
+        x = feature_matrix(terms, train.sequences, alphabet, recipe.model.strand != "none")
         y = np.stack([np.asarray(one) for one in train.targets or []])
         if recipe.task == "classification":
-            weights, bias = linear.fit_classes(x, y, len(names), strength or STRENGTH[kind])
+            weights, bias = linear.fit_classes(x, y, len(names), strength or STRENGTH)
         elif recipe.task == "multilabel":
-            weights, bias = linear.fit_labels(x, y, strength or STRENGTH[kind])
+            weights, bias = linear.fit_labels(x, y, strength or STRENGTH)
         else:
             weights, bias = linear.fit_numbers(x, scaled(y, recipe, spec), strength or 1.0)
-    return {"kind": kind, "size": size, "weights": pack(weights), "bias": pack(bias)}
+    return {"terms": words, "weights": pack(weights), "bias": pack(bias)}
 
 
 def gapped_table(recipe: GenomicsRecipe, alphabet: Alphabet, train: Items, side: int) -> np.ndarray:
@@ -90,7 +95,7 @@ def _window(
     rows = drawn_rows(flat, recipe.task == "tokens")
     x = linear.windows(train.sequences, size, alphabet, rows)
     if recipe.task == "tokens":
-        return linear.fit_classes(x, flat[rows], len(names), strength or STRENGTH["window"])
+        return linear.fit_classes(x, flat[rows], len(names), strength or WINDOW_STRENGTH)
     return linear.fit_numbers(x, scaled(flat[rows, None].astype(np.float64), recipe, spec), strength or 1.0)
 
 

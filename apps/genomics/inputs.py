@@ -15,6 +15,7 @@ from apps.genomics.recipe import PredictSection
 from apps.genomics.records import Record
 from apps.genomics.sequences import SUFFIXES, form_of, read_records
 from apps.genomics.task import GenomicsTask
+from apps.genomics.words import by_position
 from core.training.errors import UserError
 from core.training.rows import kind
 
@@ -73,7 +74,7 @@ def length_problem(task: GenomicsTask, length: int) -> str:
 def counts_positions(task: GenomicsTask) -> bool:
     """Whether the model reads sequences of one length alone."""
     model = task.recipe.model
-    return task.spec["fixed"] is not None and (model.pool == "flat" or model.shortcut == "position")
+    return task.spec["fixed"] is not None and (model.pool == "flat" or by_position(model.shortcut))
 
 
 def batches(items: Items, size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:

@@ -27,16 +27,6 @@ def kmer_ids(codes: np.ndarray, k: int, atoms: int) -> tuple[np.ndarray, np.ndar
     return ids, clean
 
 
-def kmer_shares(sequences: Sequence[np.ndarray], k: int, atoms: int) -> np.ndarray:
-    """Share of each k-mer among those of its sequence, [sequences, atoms^k] float32; 0 where there is none."""
-    shares = np.zeros((len(sequences), atoms**k), dtype=np.float32)
-    for row, codes in enumerate(sequences):
-        ids, clean = kmer_ids(codes, k, atoms)
-        if clean.any():
-            shares[row] = np.bincount(ids[clean], minlength=atoms**k) / clean.sum()
-    return shares
-
-
 def sketch(codes: np.ndarray, alphabet: Alphabet) -> np.ndarray:
     """At most `SKETCH` hashed k-mers of a sequence, alike for both strands of DNA; sorted."""
     k, atoms = min(WORD[alphabet.name], max(1, len(codes))), len(alphabet.atoms)

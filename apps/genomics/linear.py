@@ -1,7 +1,7 @@
 """Linear models that need no deep network: they are floors, and the start of a shortcut.
 
-Features of a sequence: its letters by position (sequences of one length), the shares of its k-mers, or the letters
-around a base. Columns that do not vary are left out, the others scaled; weights come back for the plain features.
+Features of a sequence are those of `terms.py`; of a base, the letters around it. Columns that do not vary are left
+out, the others scaled; weights come back for the plain features.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from apps.genomics.alphabet import Alphabet
-from apps.genomics.kmers import kmer_shares
 
 ROWS = 60_000
 """Bases that a window model is fitted on, drawn evenly: more no longer move the third digit."""
@@ -17,18 +16,6 @@ LOGISTIC = (0.001, 0.01, 0.1)
 """Inverse strengths that a floor chooses from by its validation score."""
 RIDGE = (1.0, 10.0, 100.0)
 """Ridge strengths that a floor chooses from."""
-
-
-def by_position(sequences: Sequence[np.ndarray], alphabet: Alphabet) -> np.ndarray:
-    """[n, L * atoms] float32; an ambiguous letter is shared among its atoms."""
-    return alphabet.composition[np.stack(sequences)].reshape(len(sequences), -1)
-
-
-def features(kind: str, size: int, sequences: Sequence[np.ndarray], alphabet: Alphabet) -> np.ndarray:
-    """Features of whole sequences: kind "position" or "kmer"."""
-    if kind == "position":
-        return by_position(sequences, alphabet)
-    return kmer_shares(sequences, size, len(alphabet.atoms))
 
 
 def windows(sequences: Sequence[np.ndarray], size: int, alphabet: Alphabet, rows: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ class SequenceModel(nn.Module):
         self.tokens = Tokens.from_spec(spec["tokens"])
         self.task, self.strand, self.pool, self.fixed = task, model.strand, model.pool, spec["fixed"]
         self.per_token, self.causal = task in PER_BASE or task in LANGUAGE, task == "causal"
-        self.packing = recipe.data.packing
+        self.packing, self.hidden_share = recipe.data.packing, model.hidden_share
         dim, outputs = backbone.dim, self.tokens.targets if task in LANGUAGE else len(spec["names"])
         if self.fixed is None and not self.per_token and self.pool == "flat":
             raise ValueError("model.pool=flat needs sequences of one length, and these differ; use mean or attend")
@@ -114,7 +114,7 @@ class SequenceModel(nn.Module):
         self.query = nn.Linear(dim, 1) if self.pool == "attend" and not self.per_token else None
         self.drop = nn.Dropout(backbone.dropout)
         self.head = nn.Linear(dim * self._places(), outputs)
-        self.shortcut: Shortcut | None = build_shortcut(spec, outputs)
+        self.shortcut: Shortcut | None = build_shortcut(spec, outputs, model.shortcut_frozen)
         if self.shortcut is not None:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -199,13 +199,13 @@ class SequenceModel(nn.Module):
 
     def answer(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The answer of one strand, in its own direction."""
-        x = self.hidden(ids, mask)
+        x = self.hidden(self._shown(ids), mask)
         y = self.head(self.drop(x if self.per_token else self.pooled(x, mask)))
         return y if self.shortcut is None else y + self.shortcut(ids, mask)
 
     def _tied(self, ids: Tensor, mask: Tensor, other_ids: Tensor, other_mask: Tensor) -> Tensor:
         """Both strands read with the same weights; per token g(a, b) + mirrored g(b, a) is equivariant for any g."""
-        ours, theirs = self.hidden(ids, mask), self.hidden(other_ids, other_mask)
+        ours, theirs = self.hidden(self._shown(ids), mask), self.hidden(self._shown(other_ids), other_mask)
         if self.per_token:
             theirs = flipped(theirs, mask)
             y = self.head(self.drop(torch.cat([ours, theirs], -1)))
@@ -216,6 +216,12 @@ class SequenceModel(nn.Module):
             other = self._back(self.shortcut(other_ids, other_mask), mask)
             y = y + (self.shortcut(ids, mask) + other) / 2
         return y
+
+    def _shown(self, ids: Tensor) -> Tensor:
+        """Tokens that the network is shown: in training, `hidden_share` of them are the mask."""
+        if self.hidden_share is None or not self.training:
+            return ids
+        return ids.masked_fill(torch.rand(ids.shape, device=ids.device) < self.hidden_share, self.tokens.mask)
 
     def _back(self, answer: Tensor, mask: Tensor) -> Tensor:
         """An answer about the other strand as one about the strand that was given."""

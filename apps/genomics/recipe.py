@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from apps.genomics.data_section import DataSection, Share
-from apps.genomics.words import shortcut_parts
+from apps.genomics.words import shortcut_terms
 from core.attention.registry import nearest
 from core.training.recipe import Recipe, Section
 
@@ -37,10 +37,15 @@ class ModelSection(Section):
     pool: Literal["mean", "max", "attend", "flat"] = "mean"
     """How a sequence becomes one vector; flat keeps every position apart and needs sequences of one length."""
     shortcut: str = "none"
-    """Add a linear model, started at its closed-form or logistic fit: position (letters of sequences of one length),
-    kmer:4 (counts), window:17 (neighbours of a base), markov:6 (causal models), neighbours:3 (masked models)."""
+    """Add a linear model, started at its closed or logistic fit. Of whole sequences, joined by +: position (letters
+    in sequences of one length; position:2 pairs too), kmer:4 (shares), first:30 and last:20 (shares of letters at the
+    ends), length. Else window:17 (neighbours of a base), markov:6 (causal models), neighbours:3 (masked models)."""
     shortcut_strength: float | None = Field(None, gt=0)
-    """Ridge or inverse logistic strength of that fit; null: that of the floor."""
+    """Ridge or inverse logistic strength of that fit; null: 1 for ridge, 0.01, for window 1."""
+    shortcut_frozen: bool = False
+    """Leave the linear model at its fit, so that the attention alone learns, and adds to it."""
+    hidden_share: Share | None = None
+    """Share of letters that the network, not the shortcut, is not shown in training, drawn anew each time."""
     scaled: bool = True
     """Regression targets are standardised with mean and deviation of the training part."""
     class_weights: bool = False
@@ -53,7 +58,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _parts_exist(self) -> Self:
-        shortcut_parts(self.shortcut)
+        shortcut_terms(self.shortcut)
         wrong = [width for width in self.stem if width < 2 or width > 65]
         if wrong:
             raise ValueError(f"stem widths are 2 to 65 letters, got {wrong[0]}")
@@ -140,14 +145,18 @@ class GenomicsRecipe(Recipe):
                 )
         if language and model.strand != "none" and data.tokens != "char":
             raise ValueError(f"model.strand={model.strand} with task={self.task} needs data.tokens=char")
-        kind, _ = shortcut_parts(model.shortcut)
-        fits = {"none": True, "window": per_base, "markov": self.task == "causal", "neighbours": self.task == "masked"}
-        if not fits.get(kind, not (per_base or language)):
-            raise ValueError(f"model.shortcut={model.shortcut} does not go with task={self.task}")
-        if kind != "none" and data.tokens != "char":
-            raise ValueError(f"model.shortcut={model.shortcut} reads letters and needs data.tokens=char")
-        if kind in ("markov", "neighbours") and data.alphabet == "protein":
-            raise ValueError(f"model.shortcut={kind} is for DNA")
+        fits = {"window": per_base, "markov": self.task == "causal", "neighbours": self.task == "masked"}
+        for kind, _ in shortcut_terms(model.shortcut):
+            if not fits.get(kind, not (per_base or language)):
+                raise ValueError(f"model.shortcut={model.shortcut} does not go with task={self.task}")
+            if data.tokens != "char":
+                raise ValueError(f"model.shortcut={model.shortcut} reads letters and needs data.tokens=char")
+            if kind in ("markov", "neighbours") and data.alphabet == "protein":
+                raise ValueError(f"model.shortcut={kind} is for DNA")
+        if model.shortcut_frozen and model.shortcut == "none":
+            raise ValueError("model.shortcut_frozen keeps a shortcut at its fit, and model.shortcut is none")
+        if model.hidden_share is not None and (language or data.tokens != "char"):
+            raise ValueError("model.hidden_share hides letters: it needs data.tokens=char and no language model")
         if data.features is not None and self.task != "tokens":
             raise ValueError(f"data.features are labels per base: say task=tokens, the task is {self.task}")
         if data.packing and self.backbone.mlp == "mix":

@@ -1,20 +1,22 @@
 """Linear models beside the attention, started at their fit, so that training starts at a floor.
 
-    position   the letters of sequences of one length
-    kmer       the shares of k-mers
-    window     the letters around a base
-    markov     what the last letters say of the next one
-    neighbours what the letters on both sides say of the one between
+    position, kmer, first, last, length   features of whole sequences, joined by "+" (`terms.py`)
+    window      the letters around a base
+    markov      what the last letters say of the next one
+    neighbours  what the letters on both sides say of the one between
 
 Each gives logits or values [B, K], or [B, N, K] per token, to be added to those of the head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apps.genomics.alphabet import ALPHABETS
+from apps.genomics.terms import term_features
+from apps.genomics.words import Term, shortcut_terms
 from core.training.matrices import unpack
 
 
@@ -43,37 +45,16 @@ class Shortcut(nn.Module):
         return self.composition[ids] * mask.unsqueeze(-1)
 
 
-class PositionShortcut(Shortcut):
-    """Weights [N * atoms, K] for the letters by position."""
+class SequenceShortcut(Shortcut):
+    """Weights [F, K] for the features of whole sequences (`terms.py`)."""
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[B, K]."""
-        return self.letters(ids, mask).flatten(1) @ self.weight + self.bias
-
-
-class KmerShortcut(Shortcut):
-    """Weights [atoms^k, K] for the shares of k-mers."""
-
-    def __init__(self, composition: Tensor, weights: Tensor, bias: Tensor, k: int):
+    def __init__(self, composition: Tensor, weights: Tensor, bias: Tensor, terms: Sequence[Term]):
         super().__init__(composition, weights, bias)
-        self.k = k
+        self.terms = list(terms)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """[B, K]."""
-        count = ids.shape[1] - self.k + 1
-        if count <= 0:
-            return self.bias.expand(len(ids), -1)
-        number = torch.zeros_like(ids[:, :count])
-        clean = torch.ones_like(mask[:, :count])
-        real = mask & (ids < self.atoms)
-        for at in range(self.k):
-            number = number * self.atoms + ids[:, at : at + count].clamp(max=self.atoms - 1)
-            clean = clean & real[:, at : at + count]
-        each = clean.to(self.weight.dtype)
-        each = each / each.sum(1, keepdim=True).clamp(min=1)
-        # A weighted sum of rows of the weights, without a matrix of all counts.
-        rows = nn.functional.embedding_bag(number, self.weight, per_sample_weights=each, mode="sum")
-        return rows + self.bias
+        return term_features(self.terms, ids, mask, self.composition) @ self.weight + self.bias
 
 
 class WindowShortcut(Shortcut):
@@ -144,20 +125,26 @@ class NeighbourShortcut(Shortcut):
         return nn.functional.embedding(row, self.weight)
 
 
-def build_shortcut(spec: dict[str, Any], outputs: int) -> Shortcut | None:
-    """The shortcut that `build_data` fitted, if the recipe wants one."""
+def build_shortcut(spec: dict[str, Any], outputs: int, frozen: bool = False) -> Shortcut | None:
+    """The shortcut that `build_data` fitted, if the recipe wants one; frozen: training leaves it as it is."""
+    found = _build(spec, outputs)
+    return found if found is None else found.requires_grad_(not frozen)
+
+
+def _build(spec: dict[str, Any], outputs: int) -> Shortcut | None:
     fitted = spec.get("shortcut")
     if fitted is None:
         return None
     composition = torch.from_numpy(ALPHABETS[spec["tokens"]["alphabet"]].composition)
-    weights, size = unpack(fitted["weights"]), fitted["size"]
+    weights, terms = unpack(fitted["weights"]), shortcut_terms(fitted["terms"])
     if weights.shape[1] != outputs:
         raise ValueError(f"the shortcut has {weights.shape[1]} answers, the model {outputs}")
-    if fitted["kind"] == "markov":
+    kind, size = terms[0]
+    if kind == "markov":
         return MarkovShortcut(composition, weights, size)
-    if fitted["kind"] == "neighbours":
+    if kind == "neighbours":
         return NeighbourShortcut(composition, weights, size)
     bias = unpack(fitted["bias"])
-    if fitted["kind"] == "position":
-        return PositionShortcut(composition, weights, bias)
-    return (KmerShortcut if fitted["kind"] == "kmer" else WindowShortcut)(composition, weights, bias, size)
+    if kind == "window":
+        return WindowShortcut(composition, weights, bias, size)
+    return SequenceShortcut(composition, weights, bias, terms)

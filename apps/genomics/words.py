@@ -1,11 +1,14 @@
 """The short words of a recipe (`kmer:6`, `markov:6`) and what they mean. No torch here."""
 
 import re
+from typing import NamedTuple
 
 from core.attention.registry import nearest
 
-SHORTCUTS = {"kmer": (1, 6), "window": (3, 65), "markov": (1, 8), "neighbours": (1, 4)}
-"""Shortcuts that have a size, and its bounds."""
+ALONE = {"window": (3, 65), "markov": (1, 8), "neighbours": (1, 4)}
+"""Shortcuts of answers per base, and the bounds of their size."""
+TERMS = {"position": (1, 3), "kmer": (1, 6), "first": (1, 100), "last": (1, 100), "length": (0, 0)}
+"""Terms of shortcuts of whole sequences, which can be joined by `+`, and the bounds of their size."""
 
 
 def parse_tokens(text: str) -> tuple[str, int, int]:
@@ -35,20 +38,60 @@ def check_tokens(text: str, alphabet: str) -> None:
         raise ValueError(f"tokens={text} are for DNA; use char or bpe:1024 for proteins")
 
 
-def shortcut_parts(text: str) -> tuple[str, int]:
-    """(kind, size) of `model.shortcut`; the size of `none` and `position` is 0.
+class Term(NamedTuple):
+    """A set of features of a whole sequence (`terms.py`), or the one kind of a shortcut per base."""
+
+    kind: str
+    size: int
+
+
+def shortcut_terms(text: str) -> list[Term]:
+    """What `model.shortcut` adds up: nothing for `none`, one of `ALONE`, or terms of a whole sequence.
 
     Raises:
-        ValueError: unknown, or a size out of bounds.
+        ValueError: unknown, a size out of bounds, a term given twice, or one joined that stands alone.
     """
-    if text in ("none", "position"):
-        return text, 0
-    kind, colon, size = text.partition(":")
-    if kind not in SHORTCUTS:
-        known = ("none", "position", "kmer:4", "window:17", "markov:6", "neighbours:3")
-        raise ValueError(f"unknown shortcut {text!r}{nearest(text, known)}; known: {', '.join(known)}")
-    low, high = SHORTCUTS[kind]
+    if text == "none":
+        return []
+    terms = [_term(word) for word in text.split("+")]
+    kinds = [term.kind for term in terms]
+    for kind in kinds:
+        if kind in ALONE and len(terms) > 1:
+            raise ValueError(f"shortcut {kind} stands alone; what can be joined: {', '.join(TERMS)}")
+        if kind in ("position", "length") and kinds.count(kind) > 1:
+            raise ValueError(f"shortcut {text!r} names {kind} twice")
+    return terms
+
+
+def _term(word: str) -> Term:
+    kind, colon, size = word.partition(":")
+    bounds = ALONE | TERMS
+    if kind not in bounds:
+        known = (
+            "none",
+            "position:2",
+            "kmer:4",
+            "first:30",
+            "last:20",
+            "length",
+            "window:17",
+            "markov:6",
+            "neighbours:3",
+        )
+        raise ValueError(f"unknown shortcut {word!r}{nearest(word, known)}; known: {', '.join(known)}")
+    if word == "position":
+        return Term(kind, 1)
+    low, high = bounds[kind]
+    if kind == "length":
+        if colon:
+            raise ValueError(f"shortcut length has no size, got {word!r}")
+        return Term(kind, 0)
     if not colon or not size.isdigit() or not low <= int(size) <= high or (kind == "window" and int(size) % 2 == 0):
         odd = "an odd number " if kind == "window" else ""
         raise ValueError(f"shortcut {kind} has a size, {odd}from {low} to {high}, as in {kind}:{high - 1 | 1}")
-    return kind, int(size)
+    return Term(kind, int(size))
+
+
+def by_position(text: str) -> bool:
+    """Whether the shortcut reads sequences of one length alone."""
+    return any(term.kind == "position" for term in shortcut_terms(text))

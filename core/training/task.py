@@ -36,6 +36,7 @@ class Task(pl.LightningModule):
         self.average: WeightAverage | None = None
         self.loss_sum: Tensor | None = None  # over the batches of this epoch; stays on the device, read once
         self.extra_sums: dict[str, Tensor] = {}
+        self.extra_counts: dict[str, int] = {}  # batches that reported the extra: not all need to
         self.batches = 0
         self._last_loss = torch.tensor(0.0)
         self._last_norm = math.nan
@@ -73,6 +74,7 @@ class Task(pl.LightningModule):
         for name, extra in extras.items():
             extra = extra.detach()
             self.extra_sums[name] = self.extra_sums[name].add_(extra) if name in self.extra_sums else extra.clone()
+            self.extra_counts[name] = self.extra_counts.get(name, 0) + 1
         self.batches += 1
         self._last_loss = value
         if not value.is_cuda:
@@ -141,11 +143,10 @@ class Task(pl.LightningModule):
             self.average.update()
 
     def read_sums(self) -> dict[str, float]:
-        """Mean training loss and extras over the batches since the last call."""
-        count = max(1, self.batches)
-        means = {name: float(total) / count for name, total in self.extra_sums.items()}
-        loss = float(self.loss_sum) / count if self.loss_sum is not None else math.nan
-        self.loss_sum, self.extra_sums, self.batches = None, {}, 0
+        """Mean training loss, and each extra's mean over the batches that reported it, since the last call."""
+        means = {name: float(total) / self.extra_counts[name] for name, total in self.extra_sums.items()}
+        loss = float(self.loss_sum) / self.batches if self.loss_sum is not None else math.nan
+        self.loss_sum, self.extra_sums, self.extra_counts, self.batches = None, {}, {}, 0
         return {"loss": loss, **means}
 
     @contextmanager

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from core.training.app import App
 from core.training.callbacks import Display, Meter
-from core.training.checkpoint import AtomicCheckpointIO, newest_checkpoint, remove_leftovers
-from core.training.data import Data, eval_loader, train_loader
+from core.training.checkpoint import AtomicCheckpointIO, newest_checkpoint
+from core.training.data import Data, check_unchanged, eval_loader, train_loader
+from core.training.durable import remove_leftovers
 from core.training.errors import UserError
 from core.training.evaluation import run_evaluation
 from core.training.interrupt import Stop
@@ -68,11 +69,13 @@ class Training:
         session, settings = self.session, self.session.recipe.trainer
         source, checkpoint = _continue_from(session.folder)
         record = checkpoint.get("longspan")
+        if record is not None:
+            check_unchanged(record["spec"], session.data.spec, session.folder.path)
         if record is not None and record["finished"]:
             return record
         # Every rank reads as much as this one, so the group's tokens are this rank's times the devices.
         tokens = self.cost["tokens_per_item"] * settings.devices
-        meter = Meter(self.loader.order.items, settings.batch_size, tokens)
+        meter = Meter(self.loader.order.items, settings.batch_size, tokens, settings.accumulate)
         validate = self._validate if self.val_loader is not None else None
         keeper = Keeper(session, self.loader, validate, meter, record)
         if record is not None:

@@ -184,16 +184,16 @@ def sums(
     if slopes is not None:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     needs += ("wide features",) if phi.width(q.shape[3]) > kernels.WIDEST else ()
-    run = resolve("linear", backend, q.device.type, q.dtype, needs).run
+    name, run, _ = resolve("linear", backend, q.device.type, q.dtype, needs)
     run = run if pack is None else partial(run, pack=pack)
     before = (None, None) if state is None else (state["sum"], state["count"])
 
-    def whole(attended: Attended, total: Tensor) -> tuple[Attended, State | None]:
+    def whole(attended, total):  # no types, which would stop a trace
         return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
 
     if rotary is None:
         return whole(*run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before))
-    if run is _triton and (direction, offset, normalize) == ("past", 0, True):
+    if name == "triton" and (direction, offset, normalize) == ("past", 0, True):
         from core.attention.kernels.linear_entry import turned_step
 
         one = turned_step(q, k, v, phi, key_mask, slopes, rotary, *before)

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from apps.genomics import linear
 from apps.genomics.alphabet import DNA
 from apps.genomics.baselines import floors
 from apps.genomics.data import build_data
+from apps.genomics.task import build_task
 
 
 def write(path, texts, labels):
@@ -37,6 +39,28 @@ def test_numbers_that_are_linear_are_found_exactly(tmp_path, letters, recipe):
     found = floors(made, build_data(made))
     assert found["position"]["r2"] > 0.999
     assert found["mean"]["r2"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("task", "strand"), [("classification", "none"), ("regression", "none"), ("regression", "tied")]
+)
+def test_the_floor_of_the_shortcut_is_where_training_starts(tmp_path, letters, recipe, task, strand):
+    texts = letters(200, 12)
+    values = [t.count("CG") + t.count("A") if task == "regression" else "AC" in t for t in texts]
+    data = {**write(tmp_path / "x.csv", texts, values), "leaks": "off"}
+    made = recipe(task, data, {"shortcut": "kmer:2+first:4", "shortcut_strength": 0.1, "strand": strand})
+    parts = build_data(made)
+    trained = build_task(made, parts.spec).eval()
+    trained.start_pass("test")
+    with torch.no_grad():
+        trained.eval_update(parts.test.__getitems__(range(len(parts.test))) | {"index": torch.arange(len(parts.test))})
+        start = trained.eval_compute()
+    found = floors(made, parts)["shortcut"]
+    for name in ("accuracy", "mcc") if task == "classification" else ("r2", "mse"):
+        assert found[name] == pytest.approx(start[name], rel=1e-4)
+    assert "shortcut" not in floors(
+        made.model_copy(update={"model": type(made.model)()}), build_data(recipe(task, data))
+    )
 
 
 def test_several_labels(tmp_path, letters, recipe):

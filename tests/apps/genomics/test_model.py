@@ -147,11 +147,13 @@ def test_augmentation_of_bases_gives_answers_in_the_direction_of_the_labels(per_
     assert (task.answer({"ids": ids, "mask": mask}).argmax(-1) == right).all()
 
 
-@pytest.mark.parametrize("shortcut", ["position", "kmer:3"])
+@pytest.mark.parametrize("shortcut", ["position", "kmer:3+length", "position:2+last:5"])
 def test_training_starts_at_the_fit_of_the_shortcut(tmp_path, letters, recipe, shortcut):
     from apps.genomics import linear
     from apps.genomics.data import build_data
     from apps.genomics.task import build_task
+    from apps.genomics.terms import feature_matrix
+    from apps.genomics.words import shortcut_terms
 
     texts = letters(120, 24)
     labels = ["yes" if text.count("AC") > 1 else "no" for text in texts]
@@ -159,13 +161,47 @@ def test_training_starts_at_the_fit_of_the_shortcut(tmp_path, letters, recipe, s
     made = recipe("classification", {"path": str(tmp_path / "x.csv")}, {"shortcut": shortcut, "shortcut_strength": 0.1})
     data = build_data(made)
     task = build_task(made, data.spec).eval()
-    kind, size = ("position", 0) if shortcut == "position" else ("kmer", 3)
-    x = linear.features(kind, size, data.train.sequences, DNA)
+    terms = shortcut_terms(shortcut)
+    x = feature_matrix(terms, data.train.sequences, DNA)
     weights, bias = linear.fit_classes(x, np.array(data.train.targets), 2, 0.1)
-    wanted = linear.features(kind, size, data.val.sequences, DNA) @ weights + bias
+    wanted = feature_matrix(terms, data.val.sequences, DNA) @ weights + bias
     found = task.answer(data.val.__getitems__(range(len(data.val)))).detach().numpy()
     assert np.allclose(found, wanted, atol=1e-4)
     assert np.ptp(wanted) > 0.5
+
+
+def test_a_frozen_shortcut_stays_at_its_fit_and_the_rest_learns(tmp_path, letters, recipe):
+    from apps.genomics.data import build_data
+    from apps.genomics.task import build_task
+
+    texts = letters(120, 24)
+    (tmp_path / "x.csv").write_text("sequence,label\n" + "\n".join(f"{t},{t.count('AC') > 1}" for t in texts))
+    for frozen in (True, False):
+        model = {"shortcut": "kmer:2+length", "shortcut_frozen": frozen}
+        made = recipe("classification", {"path": str(tmp_path / "x.csv")}, model)
+        data = build_data(made)
+        task = build_task(made, data.spec)
+        task.loss(data.train.__getitems__(range(20)))[0].backward()
+        assert task.model.head.weight.grad.abs().sum() > 0
+        assert (task.model.shortcut.weight.grad is None) == frozen
+
+
+def test_hidden_letters_are_hidden_from_the_network_alone_and_in_training_alone(table, built):
+    data = {"path": str(table)}
+    _, parts, task = built("classification", data, {"shortcut": "kmer:2", "hidden_share": 0.5})
+    seen = []
+    task.model.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    task.model.shortcut.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    batch = parts.train.__getitems__(range(8))
+    task.answer(batch)
+    assert torch.equal(seen[0], batch["ids"])
+    seen.clear()
+    task.train()
+    task.answer(batch)
+    hidden = seen[0] == task.model.tokens.mask
+    assert 0.3 < hidden.float().mean() < 0.7
+    assert torch.equal(seen[0][~hidden], batch["ids"][~hidden])
+    assert torch.equal(seen[1], batch["ids"])
 
 
 def test_a_pool_that_needs_one_length_is_refused_where_lengths_differ(table, recipe):
@@ -175,5 +211,5 @@ def test_a_pool_that_needs_one_length_is_refused_where_lengths_differ(table, rec
     made = recipe("classification", {"path": str(table)}, {"pool": "flat"})
     with pytest.raises(ValueError, match="pool=flat needs sequences of one length"):
         build_task(made, build_data(made).spec)
-    with pytest.raises(UserError, match="shortcut=position needs sequences of one length"):
-        build_data(recipe("classification", {"path": str(table)}, {"shortcut": "position"}))
+    with pytest.raises(UserError, match="shortcut=length\\+position:2 needs sequences of one length"):
+        build_data(recipe("classification", {"path": str(table)}, {"shortcut": "length+position:2"}))

@@ -5,7 +5,7 @@ import pytest
 
 from apps.genomics.alphabet import DNA
 from apps.genomics.data_section import DataSection
-from apps.genomics.kmers import Index, clusters, kmer_shares, sketch
+from apps.genomics.kmers import Index, clusters, sketch
 from apps.genomics.leaks import find_leaks
 from apps.genomics.negatives import add_negatives
 from apps.genomics.records import Record
@@ -124,12 +124,6 @@ def test_sketches_do_not_know_the_strand_and_unrelated_sequences_share_none():
     index.add(0, sketch(one, DNA))
     assert index.similar(sketch(one, DNA), 0.9) == [0]
     assert index.similar(sketch(other, DNA), 0.1) == []
-
-
-def test_shares_of_kmers_sum_to_one_and_leave_ambiguous_letters_out():
-    shares = kmer_shares([DNA.encode("AACAN", "x"), DNA.encode("NNN", "x")], 2, 4)
-    assert shares.sum(1).tolist() == [1.0, 0.0]
-    assert shares[0, [0b0000, 0b0001, 0b0100]].tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_a_sequence_and_what_was_made_of_it_stay_together():

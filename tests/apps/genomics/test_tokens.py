@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from apps.genomics.alphabet import DNA, PROTEIN
 from apps.genomics.tokens import Tokens, learn_tokens
-from apps.genomics.words import check_tokens, parse_tokens, shortcut_parts
+from apps.genomics.words import by_position, check_tokens, parse_tokens, shortcut_terms
 from core.training.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -81,11 +81,29 @@ def test_kmers_of_proteins_are_refused():
         ("kmer:9", "from 1 to 6"),
         ("window:8", "an odd number"),
         ("markov", "from 1 to 8"),
+        ("position:4", "from 1 to 3"),
+        ("length:2", "length has no size"),
+        ("kmer:4+lenght", "did you mean 'length'"),
+        ("kmer:4+", "unknown shortcut ''"),
+        ("kmer:4+window:5", "window stands alone"),
+        ("position+position:2", "names position twice"),
     ],
 )
 def test_shortcuts_that_are_none_are_refused(word, says):
     with pytest.raises(ValueError, match=says):
-        shortcut_parts(word)
+        shortcut_terms(word)
+
+
+def test_a_shortcut_is_its_terms_in_order():
+    assert shortcut_terms("none") == []
+    assert shortcut_terms("position+first:30+first:60+length") == [
+        ("position", 1),
+        ("first", 30),
+        ("first", 60),
+        ("length", 0),
+    ]
+    assert by_position("length+position:2")
+    assert not by_position("kmer:4")
 
 
 @pytest.mark.parametrize("word", ["char", "kmer:3:3", "kmer:3", "bpe:100"])

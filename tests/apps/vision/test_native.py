@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.models import generate_default_cfgs, register_model
 from timm.models.naflexvit import NaFlexVitCfg, _cfg, _create_naflexvit
 
+from apps.vision.costs import sized
 from apps.vision.data import build_data
 from apps.vision.images import fitted
 from apps.vision.model import VisionModel
@@ -218,6 +219,12 @@ def test_predict_gives_the_answers_of_the_test_whatever_stands_beside(run, shape
         assert all(row["predicted"] == name.split("/")[0] for name, row in other.items())
     one = table("3.csv", shapes / "red" / "red2.png")
     assert float(one["red2.png"]["p_red"]) == pytest.approx(float(plain["red/red2.png"]["p_red"]), abs=2e-5)
+
+
+def test_its_cost_is_told_at_any_size():
+    found = sized(recipe_of("x", "attention=linear"), ["16", "32x48"], 2, "cpu")
+    assert {name: one.tokens for name, one in found.items()} == {"16x16": 4, "32x48": 24}
+    assert found["32x48"].cost() > found["16x16"].cost() > 0
 
 
 def test_inspect_draws_an_image_in_its_own_shape(run, shapes, tmp_path):

@@ -61,7 +61,6 @@ CASES = {
     "relu, masked": {"feature_map": "relu", "masked": True},
     "elu, rotary, masked": {"feature_map": "elu", "positions": "rope", "masked": True},
     "taylor, rotary": {"feature_map": "taylor", "positions": "rope", "feature_dim": 4},
-    "hedgehog, rotary": {"feature_map": "hedgehog", "positions": "rope"},
     "elu, alibi, masked": {"feature_map": "elu", "positions": "alibi", "masked": True},
     "one key near": {"feature_map": "elu", "window": 1, "positions": "rope"},
     "window": {"name": "window", "masked": True},
@@ -70,6 +69,7 @@ CASES = {
     "linear, rotary, masked": {"name": "linear", "feature_map": "relu", "positions": "rope", "masked": True},
 }
 MORE = {
+    "hedgehog, rotary": {"feature_map": "hedgehog", "positions": "rope"},
     "relu, rotary": {"feature_map": "relu", "positions": "rope"},
     "linear hedgehog, rotary": {"name": "linear", "feature_map": "hedgehog", "positions": "rope"},
     "linear dpfp, rotary": {"name": "linear", "feature_map": "dpfp", "positions": "rope"},
