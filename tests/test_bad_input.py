@@ -58,7 +58,10 @@ def refused(capsys, words, code=2) -> str:
         (["fit", "timeseries/demo", "attention={variant: window, window: 0}"], r"window must be at least 1"),
         (["fit", "timeseries/demo", "attention={variant: linear, feature_map: tailor}"], r"did you mean 'taylor'"),
         (["fit", "timeseries/demo", "backbone.dim=32", "backbone.heads=5"], r"heads must divide dim: 5 .* 32; try"),
-        (["fit", "timeseries/demo", "backbone.positions=rop"], r"unknown positions 'rop' \(did you mean 'rope'"),
+        (
+            ["fit", "timeseries/demo", "backbone.positions=rop"],
+            r"positions must be .*, got 'rop' \(did you mean 'rope'",
+        ),
         (["fit", "timeseries/demo", "backbone.layout=lz"], r"layout"),
         (["compare", "timeseries/demo", "--variants", "softmax,linaer"], r"did you mean 'linear'"),
         (["compare", "timeseries/demo", "--variants", "softmax", "--seeds", "many"], r"--seeds must be"),

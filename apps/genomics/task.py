@@ -55,10 +55,10 @@ class GenomicsTask(Task):
         self.model = build_model(recipe, spec)
         self.part = ""
 
-    def setup(self, stage: str) -> None:
-        """Before a new run trains: take over the weights of the pretrained one. A resumed run brings its own later."""
+    def bring_weights(self) -> None:
+        """Take over the weights of the pretrained run."""
         source = self.recipe.model.pretrained
-        if stage == "fit" and source is not None:
+        if source is not None:
             log.info("pretrained: %s", load_pretrained(self.model, source, skip=HEADS))
 
     def answer(self, batch: dict[str, Any]) -> Tensor:

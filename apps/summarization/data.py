@@ -38,8 +38,6 @@ def build_data(recipe: SummarizationRecipe) -> Data:
     Raises:
         UserError: one line for any mistake in the files, or for options that do not fit them.
     """
-    if recipe.model.pretrained is not None:
-        find_file(recipe.model.pretrained, app="summarization", key="model.pretrained")
     reports: dict[str, Report] = defaultdict(Report)
     parts = read_examples(recipe.data, reports)
     check_parts(parts, recipe)

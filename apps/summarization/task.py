@@ -25,6 +25,7 @@ from apps.summarization.results import write_results
 from apps.summarization.rouge import Scorer, best_of, bootstrap, means
 from apps.summarization.selection import lengths_of, select
 from apps.summarization.tokens import Tokens
+from core.training.files import find_file
 from core.training.pretrained import load_pretrained
 from core.training.task import Task
 
@@ -69,12 +70,6 @@ class SummaryTask(Task):
     def __init__(self, recipe: SummarizationRecipe, spec: dict[str, Any]):
         super().__init__(recipe, spec)
         self.model = build_model(recipe, spec)
-        if recipe.model.pretrained is not None and Path(recipe.model.pretrained).expanduser().exists():
-            # A finished run is loaded again where its source may be gone: its checkpoint has all weights.
-            log.info("%s: %s", recipe.model.pretrained, load_pretrained(self.model, recipe.model.pretrained))
-        extractor = recipe.model.extractor
-        if extractor is not None and Path(extractor).expanduser().exists():
-            load_pretrained(self.model.chooser.extractor, extractor, key="model.extractor")  # type: ignore[union-attr]
         self.tokens = Tokens(**spec["tokenizer"]) if "tokenizer" in spec else None
         self.budget = budget_of(recipe, spec)
         self.scorer = Scorer()
@@ -82,6 +77,16 @@ class SummaryTask(Task):
         self.speed = Speed()
         self.part = ""
         self._references: dict[int, list] = {}
+
+    def bring_weights(self) -> None:
+        """Take over the weights of the pretrained run, and those of the extractor that a writer reads through."""
+        options = self.recipe.model
+        if options.pretrained is not None:
+            find_file(options.pretrained, app="summarization", key="model.pretrained")
+            log.info("%s: %s", options.pretrained, load_pretrained(self.model, options.pretrained))
+        if options.extractor is not None:
+            chooser: Any = self.model.chooser
+            load_pretrained(chooser.extractor, options.extractor, key="model.extractor")
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Extractive: squared error of standardised worth, or cross-entropy of labels; else of the next token."""

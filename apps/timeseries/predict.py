@@ -33,8 +33,13 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
         The two files.
 
     Raises:
-        UserError: a series is missing, the frequency differs, or the file is shorter than the look-back.
+        UserError: a series is missing, the frequency differs, the file is shorter than the look-back, or the output is
+            no .csv file.
     """
+    if output.suffix.lower() != ".csv":
+        raise UserError(f"--output {output}: forecasts are written to a .csv file")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; a file is wanted")
     task, spec = run.task, run.spec
     assert isinstance(task, ForecastTask)
     table = read_table(input, reading_options(spec))

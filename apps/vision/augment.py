@@ -10,6 +10,7 @@ from torch import Tensor
 from apps.vision.images import fitted, fitted_mask, resized, resized_mask
 from apps.vision.native import bordered, native_size, without_border
 from apps.vision.recipe import AugmentSection
+from core.training.errors import UserError
 
 
 class Augment:
@@ -30,9 +31,12 @@ class Augment:
             from timm.data.auto_augment import rand_augment_transform
 
             mean = tuple(round(value) for value in (fill if len(fill) == 3 else fill * 3))
-            self.policy = rand_augment_transform(
-                options.rand_augment, {"translate_const": 0.3 * min(size), "img_mean": mean}
-            )
+            how = {"translate_const": 0.3 * min(size), "img_mean": mean}
+            try:
+                self.policy = rand_augment_transform(options.rand_augment, how)
+            except (AssertionError, ValueError, KeyError) as error:
+                said = f"augment.rand_augment: timm does not know {options.rand_augment!r} {error}".strip()
+                raise UserError(f"{said}; it reads words such as rand-m9-mstd0.5-inc1") from error
 
     def __call__(self, image: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """uint8 [C, H, W] and its mask [H, W] -> the same at `size`, and how many rows and columns of it are real."""

@@ -12,6 +12,7 @@ from apps.vision.boxes import BoxAugment
 from apps.vision.images import BrokenImage, fitted, read_image, read_mask, read_values, resized_mask, shrunk
 from apps.vision.native import bordered
 from apps.vision.sources import Item, Store
+from core.training.errors import UserError
 
 Fitted = tuple[Tensor, tuple[int, int]]
 """An image at the size that a model sees, and how many of its rows and columns are real."""
@@ -40,7 +41,12 @@ class Images(Dataset):
 
     def get(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Image and mask as they are read."""
-        image, mask = self.kept[index] if self.kept is not None else self.reader.read(self.items[index])
+        try:
+            image, mask = self.kept[index] if self.kept is not None else self.reader.read(self.items[index])
+        except BrokenImage as error:  # with data.cache=false only the heads of the files were looked at
+            raise UserError(
+                f"cannot read {self.items[index].told()}: {error}; data.cache=true finds such files before training"
+            ) from error
         return image, mask.long() if mask is not None and not mask.is_floating_point() else mask
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
@@ -83,6 +89,7 @@ class Reader:
 
     def __init__(self, store: Store | None, task: str, size: tuple[int, int], reading: dict[str, Any]):
         self.store, self.task, self.size, self.reading = store, task, size, reading
+        self.classes: int | None = None  # once they are known: masks that are read after that are held against them
 
     def read(self, item: Item) -> tuple[Tensor, Tensor | None]:
         """Image uint8 [C, H, W] and mask [H, W] of an item.
@@ -96,11 +103,22 @@ class Reader:
         if item.mask is None:
             return shrunk(image, self.reading["shrink"]), None
         mask = (read_mask if self.task == "segments" else read_values)(self.store.read(item.mask))
-        if self.task == "segments" and int(mask.max()) < 256:
-            mask = mask.to(torch.uint8)  # an eighth of the memory
         if mask.shape != image.shape[1:]:
             raise BrokenImage(f"its mask has {list(mask.shape)} pixels, the image {list(image.shape[1:])}")
+        if self.task == "segments":
+            self._check(mask)
+            if int(mask.max()) < 256:
+                mask = mask.to(torch.uint8)  # an eighth of the memory
         return shrunk(image, self.reading["shrink"]), mask
+
+    def _check(self, mask: Tensor) -> None:
+        if self.classes is None:
+            return
+        wrong = mask[
+            (mask >= self.classes) & (mask != (-1 if self.reading["ignore"] is None else self.reading["ignore"]))
+        ]
+        if len(wrong):
+            raise BrokenImage(f"its mask holds the number {int(wrong[0])}; known: 0 to {self.classes - 1}")
 
     def fitted(self, image: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
         """The image at the model's size, see `images.fitted`."""

@@ -4,8 +4,9 @@ A box is [class, left, top, right, bottom]; inside the app the four sides are sh
 that scaling an image leaves its boxes alone. A frame is the part of an image that a model sees, in the same shares.
 """
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -66,7 +67,7 @@ def _from_folder(folder: Path) -> Any:
             root = ElementTree.parse(file).getroot()
             image = root.findtext("filename") or file.stem
             for thing in root.iter("object"):
-                sides = [float(thing.findtext(f"bndbox/{key}") or "") for key in ("xmin", "ymin", "xmax", "ymax")]
+                sides = _sides(thing.findtext(f"bndbox/{key}") or "" for key in ("xmin", "ymin", "xmax", "ymax"))
                 yield str(file), image, (str(thing.findtext("name")).strip(), *sides)
         except (ElementTree.ParseError, ValueError) as error:
             raise UserError(f"{file}: not a Pascal VOC file of boxes ({error})") from error
@@ -75,10 +76,20 @@ def _from_folder(folder: Path) -> Any:
 def _from_table(path: Path) -> Any:
     for row in read_rows(path, columns=("image", "class", *SIDES)):
         try:
-            sides = [float(row.values[key]) for key in SIDES]
+            sides = _sides(row.values[key] for key in SIDES)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{row.where}: left, top, right and bottom must be numbers of pixels ({error})") from error
+            raise UserError(f"{row.where}: left, top, right and bottom must be pixels of a box ({error})") from error
         yield row.where, str(row.values["image"]), (str(row.values["class"]).strip(), *sides)
+
+
+def _sides(values: Iterable[Any]) -> list[float]:
+    """left, top, right, bottom as numbers; ValueError where they are none, or run backwards."""
+    left, top, right, bottom = sides = [float(value) for value in values]
+    if not all(math.isfinite(side) for side in sides):
+        raise ValueError(f"not finite: {sides}")
+    if right < left or bottom < top:
+        raise ValueError(f"right and bottom come after left and top, got {left:g}, {top:g}, {right:g}, {bottom:g}")
+    return sides
 
 
 def to_shares(item: Item, shape: Sequence[int], classes: Sequence[str], notes: Counter) -> Tensor:

@@ -1,7 +1,9 @@
 """From a trained model to one with another attention: its weights, the gap, and learning from it layer by layer.
 
 A recipe with `model.convert_from: RUN` builds the same model with its own `attention`, takes over every weight of RUN
-except those inside the mechanisms, and then trains in two stages (section `model.distil`):
+except those inside the mechanisms, and then trains in two stages (section `model.distil`). In place of a run there may
+be a file of timm's own weights: the source is then the stock model, with softmax. Where its classifier is for other
+classes, the source has nothing to say about an image, so only its layers are learned from.
 
 1. attention transfer, `steps` optimiser steps: the source runs on the batch, and the new attention of each layer, given
    what the source's layer was given, learns to put out what it put out. All layers learn side by side, and nothing but
@@ -13,7 +15,7 @@ Source of the recipe: Zhang et al. 2024 (LoLCATs), arXiv:2410.10254; Kasai et al
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +40,25 @@ def attention_modules(model: VisionModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
-def load_source(recipe: VisionRecipe, spec: dict[str, Any]) -> VisionModel:
-    """The model of `model.convert_from`, for the same classes.
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+"""Suffixes of files of timm weights; a run's checkpoint is a .ckpt."""
+
+
+class Source(NamedTuple):
+    """What is converted. answers: whether its head was trained for these classes, so that there is a gap to report."""
+
+    model: VisionModel
+    answers: bool
+
+
+def load_source(recipe: VisionRecipe, spec: dict[str, Any]) -> Source:
+    """The model of `model.convert_from`: of a run for the same classes, or timm's with the weights of a file.
 
     Raises:
-        UserError: no such run, or one of another kind.
+        UserError: no such run or file, or one of another kind.
     """
+    if Path(str(recipe.model.convert_from)).suffix.lower() in WEIGHTS:
+        return _stock(recipe, spec)
     run = load_run(str(recipe.model.convert_from))
     if run.app.name != "vision" or run.spec["classes"] != spec["classes"] or run.spec["task"] != spec["task"]:
         raise UserError(
@@ -52,7 +67,24 @@ def load_source(recipe: VisionRecipe, spec: dict[str, Any]) -> VisionModel:
         )
     model = run.task.model.eval().requires_grad_(False)
     assert isinstance(model, VisionModel)
-    return model
+    return Source(model, answers=True)
+
+
+def _stock(recipe: VisionRecipe, spec: dict[str, Any]) -> Source:
+    """timm's model as it is, with softmax."""
+    from apps.vision.timm_models import load_weights
+
+    if recipe.model.timm is None:
+        raise UserError(f"model.convert_from: {recipe.model.convert_from} holds weights of timm: name the model.timm")
+    layout = recipe.backbone.model_copy(update={"layout": None})
+    model = VisionModel(recipe.model_copy(update={"attention": {"variant": "softmax"}, "backbone": layout}), spec)
+    assert isinstance(model.backbone, TimmBackbone)
+    inner = model.backbone.model
+    left = load_weights(inner, str(recipe.model.convert_from), key="model.convert_from")
+    answers = model.head is None and not left["missing"]
+    if not answers:
+        log.info("the classifier is for other classes than these, so the answers of the source are not learned from")
+    return Source(model.eval().requires_grad_(False), answers)
 
 
 def take_over(model: VisionModel, source: VisionModel) -> list[str]:
@@ -89,11 +121,12 @@ class Distillation:
     """The source beside the model while it learns.
 
     Args:
-        source: the model that is learned from; it is not trained and not saved.   options: the recipe's section.
+        source: what is learned from; it is not trained and not saved.   options: the recipe's section.
     """
 
-    def __init__(self, source: VisionModel, options: DistilSection):
-        self.source, self.options = source, options
+    def __init__(self, source: Source, options: DistilSection):
+        self.source, self.options = source.model, options
+        self.weight = options.weight if source.answers else 0.0
 
     def to(self, device: torch.device) -> None:
         """Move the source."""
@@ -156,9 +189,8 @@ def between_boxes(answer: Tensor, wanted: Tensor) -> Tensor:
     """
     logits, chance = answer[..., :-4].float(), wanted[..., :-4].float().sigmoid()
     # Less the other's own entropy, so that equal answers are at no distance.
-    apart = F.binary_cross_entropy_with_logits(logits, chance, reduction="none") - F.binary_cross_entropy(
-        chance, chance, reduction="none"
-    )
+    entropy = F.binary_cross_entropy_with_logits(wanted[..., :-4].float(), chance, reduction="none")
+    apart = F.binary_cross_entropy_with_logits(logits, chance, reduction="none") - entropy
     sure = chance.amax(-1)
     sides = (answer[..., -4:] - wanted[..., -4:]).abs().sum(-1)
     total = COST["class"] * apart.sum() + COST["sides"] * (sure * sides).sum()

@@ -49,6 +49,7 @@ def build_data(recipe: VisionRecipe) -> Data:
         reader.store, notes = found.store, dict(found.notes)
         items, kept = _readable(found, reader, options, notes)
         classes = _classes(items, kept, options, task)
+        reader.classes = len(classes) if task == "segments" else None
         split(items, options, task)
         sizes = _by_class(size_table(items, kept, task), classes, task)
         parts = _parts(items, kept, classes, reader, task, options.limit, notes)
@@ -64,6 +65,9 @@ def build_data(recipe: VisionRecipe) -> Data:
         parts["train"].augment = Augment(plain, size, options.resize, [255 * value for value in mean])
     parts["test"].sizes = [pair(one) for one in recipe.model.eval_sizes]
     counts = _counts(parts["train"], classes, task, options.ignore)
+    never = [name for name, count in zip(classes, counts) if not count]
+    if never and (task != "segments" or len(parts["train"]) <= 500):
+        log.warning("no training image shows %s, so nothing can be learned of it", ", ".join(never))
     spec = {
         "task": task,
         "classes": classes,
@@ -128,7 +132,7 @@ def _readable(
                 item.shape = check_image(source) if not hasattr(source, "mode") else source.size[::-1]
             items.append(item)
         except BrokenImage as error:
-            broken.append(f"{item.name}: {error}")
+            broken.append(f"{item.told()}: {error}")
     if broken and options.on_broken == "error":
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise UserError(f"cannot read {broken[0]}{more}; data.on_broken=skip leaves such images out and names them")
@@ -155,7 +159,20 @@ def _classes(items: list[Item], kept: list[Any], options: DataSection, task: str
             found.pop(options.ignore, None)
         if not kept and options.classes is None:
             raise UserError("data.cache=false reads masks late, so name the classes: data.classes=[road,sky,...]")
-        names = options.classes or [str(value) for value in range(max(found, default=1) + 1)]
+        if len(found) < 2 and options.classes is None and kept:
+            only = f"but {next(iter(found))}" if found else "that is scored"
+            raise UserError(
+                f"the masks hold no number {only}, which leaves nothing to learn; are they the right files?"
+            )
+        highest = max(found, default=1)
+        absent = [] if options.classes else [value for value in range(min(highest, 256)) if value not in found]
+        if absent:
+            there = ", ".join(map(str, sorted(found)[:8])) + (", ..." if len(found) > 8 else "")
+            raise UserError(
+                f"the masks hold {there} but no {absent[0]} (the first with {highest} is that of {where[highest]}); "
+                "name the classes, data.classes=[road,sky,...], or leave a number out, data.ignore=255"
+            )
+        names = options.classes or [str(value) for value in range(highest + 1)]
         wrong = sorted(value for value in found if not 0 <= value < len(names))
         if wrong:
             raise UserError(
@@ -196,6 +213,8 @@ def _parts(
         mine = [items[n] for n in chosen]
         parts[part] = Images(part, reader, mine, [_target(item, classes, task, counted) for item in mine], None)
         parts[part].kept = [kept[n] for n in chosen] if kept else None
+    if counted["boxes_left_out_as_empty"]:
+        log.warning("left out %d boxes without a pixel inside their image", counted["boxes_left_out_as_empty"])
     notes |= dict(counted)
     return parts
 
@@ -270,7 +289,8 @@ def _summary(options: DataSection, parts, classes, spec, notes, task) -> dict[st
         how = "lists"
     else:
         drawn = f"drawn by class: {options.val_share} val, {options.test_share} test"
-        how = "folders or column" if options.part_column or "PART" in options.images else f"folders, else {drawn}"
+        given = "splits of the data set" if (options.path or "").startswith(HUB) else "folders"
+        how = "folders or column" if options.part_column or "PART" in options.images else f"{given}, else {drawn}"
     return {
         "source": "generated" if options.generated else options.path or options.file,
         "images": {part: len(images) for part, images in parts.items()},

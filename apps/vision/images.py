@@ -106,6 +106,8 @@ def _opened(source: bytes | Path | Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
     text = str(error).split("\n")[0]
     return "not an image" if "cannot identify" in text else text or type(error).__name__
 

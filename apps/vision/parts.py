@@ -30,6 +30,9 @@ def split(items: list[Item], options: DataSection, task: str) -> None:
         for rank, at in enumerate(order):
             group[at].part = "test" if rank < tests else "val" if rank < tests + vals else "train"
     there = Counter(item.part for item in items)
+    for part, share in (("val", options.val_share), ("test", options.test_share)):
+        if free and share and not there[part]:
+            log.warning("no image for %s: data.%s_share=%g of each class is less than half an image", part, part, share)
     if not free and "train" in there and "val" not in there and options.val_share:
         # Parts were given, but no validation: it is taken from the training images.
         train = [item for item in items if item.part == "train"]
@@ -37,7 +40,9 @@ def split(items: list[Item], options: DataSection, task: str) -> None:
             item.part = ""
         split(train, options.model_copy(update={"test_share": 0.0}), task)
     if not there["train"]:
-        raise UserError(f"no image belongs to the training part; found {dict(there)}")
+        raise UserError(
+            f"no image belongs to the training part; there are: {', '.join(f'{part} {n}' for part, n in there.items())}"
+        )
 
 
 def draw(chosen: list[int], labels: list[Any], limit: int) -> list[int]:

@@ -30,8 +30,9 @@ def palette(classes: int) -> np.ndarray:
     """A colour per class, uint8 [K, 3], as different as many of them can be."""
     import matplotlib as mpl
 
-    table = mpl.colormaps["tab20" if classes > 10 else "tab10"]
-    return np.array([[round(255 * x) for x in table(k % table.N)[:3]] for k in range(classes)], dtype=np.uint8)
+    table = mpl.colormaps["tab20"]
+    order = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours first, then the pale one of each
+    return np.array([[round(255 * x) for x in table(order[k % 20])[:3]] for k in range(classes)], dtype=np.uint8)
 
 
 def overlay(image: Tensor, answer: Tensor, classes: int) -> np.ndarray:
@@ -44,14 +45,14 @@ def overlay(image: Tensor, answer: Tensor, classes: int) -> np.ndarray:
 
 
 def draw_sheet(path: Path, kept: Sequence[Kept], spec: dict[str, Any]) -> Path:
-    """Image, truth and answer of some test images, side by side."""
+    """Image (under its name), truth and answer of some test images, side by side."""
     classes = len(spec["classes"])
     with canvas(path, 9, 2.2 * len(kept) + 0.4) as figure:
         axes = figure.subplots(len(kept), 3, squeeze=False)
-        for row, one in zip(axes, kept):
+        for name, row, one in zip(spec["test_names"], axes, kept):
             pictures = _of_boxes(one, classes) if isinstance(one.answer, tuple) else _of_maps(one, spec)
             limits = {} if classes else {"vmin": float(one.truth.min()), "vmax": float(one.truth.max())}
-            for ax, picture, title in zip(row, pictures, ("image", "truth", "answer")):
+            for ax, picture, title in zip(row, pictures, (name, "truth", "answer")):
                 ax.imshow(picture, **(limits if picture.ndim == 2 else {}))
                 ax.set_title(title, fontsize=8)
                 ax.axis("off")
@@ -60,6 +61,8 @@ def draw_sheet(path: Path, kept: Sequence[Kept], spec: dict[str, Any]) -> Path:
 
             colours = palette(classes) / 255
             handles = [Patch(color=colours[k], label=name) for k, name in enumerate(spec["classes"])]
+            if spec["reading"]["ignore"] is not None:
+                handles.append(Patch(facecolor="none", edgecolor="grey", label="no colour: not scored"))
             figure.legend(handles=handles, loc="outside lower center", ncols=min(6, classes), fontsize=8)
     return path
 

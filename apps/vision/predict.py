@@ -2,8 +2,9 @@
 
 import csv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -38,24 +39,45 @@ def predict(run: LoadedRun, input: Path, output: Path) -> list[Path]:
         input: image or folder.   output: CSV file or folder to write.
 
     Raises:
-        UserError: no image is found, or the output has the wrong form for the task.
+        UserError: no image is found, the output has the wrong form for the task, or an answer would take the place of
+            an image or of another answer.
     """
     task, recipe = run.task, run.recipe
     assert isinstance(task, VisionTask)
     assert isinstance(recipe, VisionRecipe)
     names, root = find_images(input)
+    if output.suffix.lower() != ".csv":
+        check_stems(names)
     dense = task.kind in ("segments", "values")
     if task.kind == "boxes":
         if output.suffix and output.suffix.lower() != ".csv":
             raise UserError(f"--output {output}: boxes are written to a .csv file, or with pictures to a folder")
+        if output.suffix.lower() != ".csv":
+            _check_places(root, names, output, ["_boxes.png"])
         with torch.no_grad():
             return _boxes(task, recipe, root, names, output)
     if not dense and output.suffix.lower() != ".csv":
         raise UserError(f"--output {output}: {task.kind} are written to a .csv file")
     if dense and (output.suffix or output.is_file()):
         raise UserError(f"--output {output}: masks are written to a folder")
+    if dense:
+        _check_places(root, names, output, [".tif"] if task.kind == "values" else [".png", "_overlay.png"])
     with torch.no_grad():
         return _masks(task, recipe, root, names, output) if dense else _classes(task, recipe, root, names, output)
+
+
+def _check_places(root: Path, names: list[str], output: Path, endings: list[str]) -> None:
+    """Refuse an answer that would be written over an image that is read, or over the answer for another one."""
+    taken: dict[str, str] = {}
+    beside = output.is_dir() and output.samefile(root)
+    for name in names:
+        for ending in endings:
+            place = f"{PurePosixPath(name).with_suffix('')}{ending}"
+            if place in taken:
+                raise UserError(f"{taken[place]} and {name} would both be answered in {output / place}; rename one")
+            if beside and place in names:
+                raise UserError(f"--output {output}: {place} would be written over; choose another folder")
+            taken[place] = name
 
 
 def find_images(input: Path) -> tuple[list[str], Path]:
@@ -70,6 +92,29 @@ def find_images(input: Path) -> tuple[list[str], Path]:
     if not names:
         raise UserError(f"{input}: no images; known suffixes: {' '.join(SUFFIXES)}")
     return names, input
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[TextIO]:
+    """A table that is there when the block ends, and what was there before where it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_stems(names: list[str]) -> None:
+    """Raise UserError where two images would be written under one name, as a.jpg and a.png."""
+    taken: dict[PurePosixPath, str] = {}
+    for name in names:
+        before = taken.setdefault(PurePosixPath(name).with_suffix(""), name)
+        if before != name:
+            raise UserError(f"{before} and {name} would be written under one name; rename one of them")
 
 
 def _read(root: Path, names: list[str], recipe: VisionRecipe, broken: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -97,7 +142,7 @@ def reader_of(task: VisionTask, settings: PredictSection) -> Reader:
 def _classes(task: VisionTask, recipe: VisionRecipe, root: Path, names: list[str], output: Path) -> list[Path]:
     settings, classes = recipe.predict, task.spec["classes"]
     reader, broken = reader_of(task, settings), []
-    with output.open("w", newline="", encoding="utf-8") as file:
+    with whole(output) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "predicted", *(f"p_{name}" for name in classes)])
         for some in _batched(_read(root, names, recipe, broken), settings.batch_size):
@@ -143,7 +188,7 @@ def _boxes(task: VisionTask, recipe: VisionRecipe, root: Path, names: list[str],
     table = output / "boxes.csv" if drawn else output
     table.parent.mkdir(parents=True, exist_ok=True)
     files = [table]
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with whole(table) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "class", "score", *SIDES])
         for name, image in _read(root, names, recipe, broken):

@@ -1,14 +1,24 @@
 """What a vision recipe may say; the line under a field is its help text. No torch here."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, WrapValidator, model_validator
 
 from core.training.recipe import OptimSection, Recipe, Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1)]
-Size = Side | tuple[Side, Side]
+
+
+def _a_size(value: Any, check: Any) -> Any:
+    try:
+        return check(tuple(value) if isinstance(value, list) else value)
+    except ValidationError as error:  # of a union, one line for each of its forms
+        raise ValueError(f"a size is a number of pixels, or [rows, columns], each at least 1; got {value!r}") from error
+
+
+Size = Annotated[Side | tuple[Side, Side], WrapValidator(_a_size)]
 
 
 class GeneratedSection(Section):
@@ -53,7 +63,7 @@ class DataSection(Section):
     """Column of a table that says train, val or test; null: the shares decide."""
     separator: str = ";"
     """Between the classes of one cell (task=labels)."""
-    classes: list[str] | None = Field(default=None, min_length=2)
+    classes: list[str] | None = None
     """Names of the classes in order of their number; null: found (folders and labels sorted; masks: numbers)."""
     ignore: int | None = Field(default=None, ge=0, le=255)
     """Number in the masks that is neither learned nor scored, such as 255 or CamVid's 11."""
@@ -91,6 +101,9 @@ class DataSection(Section):
             raise ValueError(
                 f"val_share + test_share must leave training images, got {self.val_share} + {self.test_share}"
             )
+        twice = [name for name in self.classes or () if (self.classes or []).count(name) > 1]
+        if twice:
+            raise ValueError(f"classes has {twice[0]!r} twice")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or none")
         if self.ignore is not None and self.masks is None and self.generated is None:
@@ -158,7 +171,8 @@ class ModelSection(Section):
     pretrained: str | None = None
     """Weights of another run of this app (folder, .ckpt, .safetensors) to start from; another head is new."""
     convert_from: str | None = None
-    """Run of this app whose attention is to be replaced: its weights, then distillation (section `distil`)."""
+    """Run of this app, or file of the timm model's own weights, whose attention is replaced: taken over, then distilled
+    (section `distil`)."""
     distil: DistilSection = Field(default_factory=DistilSection)
     """How the converted model learns from `convert_from`."""
     patch: int = Field(default=16, ge=1)
@@ -204,8 +218,12 @@ class ModelSection(Section):
             raise ValueError("texture reads the maps of the stem, so it wants stem=residual or stem=conv")
         if self.texture and self.task not in ("classes", "labels"):
             raise ValueError(f"texture is for task=classes and labels, the task is {self.task}")
-        if self.timm is not None and (self.stem != "patch" or self.registers or self.pool != "mean"):
-            raise ValueError("stem, registers and pool are the plain backbone's; a timm model has its own")
+        plain = {"stem": "patch", "stem_width": None, "registers": 0, "pool": "mean"}
+        own = [name for name, off in plain.items() if getattr(self, name) != off]
+        if self.timm is not None and own:
+            off = " ".join(f"model.{name}={'null' if plain[name] is None else plain[name]}" for name in own)
+            verb = "belong" if len(own) > 1 else "belongs"
+            raise ValueError(f"{' and '.join(own)} {verb} to the plain backbone, {self.timm} has its own; say {off}")
         return self
 
 
@@ -231,6 +249,8 @@ class PredictSection(Section):
     """Share by which neighbouring windows overlap; their answers are blended."""
     batch_size: int = Field(default=8, ge=1)
     """Images or windows at a time."""
+    places: list[tuple[Place, Place]] | None = Field(default=None, min_length=1)
+    """Where `inspect` asks what is read: [[0.5, 0.5], ...], shares of rows and columns; null: middle and corners."""
 
 
 class VisionRecipe(Recipe):
@@ -267,9 +287,18 @@ class VisionRecipe(Recipe):
             raise ValueError("predict.flips averages answers, which boxes are not")
         if not dense and self.data.masks is not None:
             raise ValueError(f"data.masks belong to model.task=segments or values, the task is {self.model.task}")
-        mixing = {name: getattr(self.augment, name) for name in ("mixup", "cutmix", "smoothing")}
-        if self.model.task != "classes" and any(mixing.values()):
-            raise ValueError(f"augment.mixup, cutmix and smoothing are for task=classes, the task is {self.model.task}")
+        few = self.data.classes is not None and len(self.data.classes) < (1 if self.model.task == "boxes" else 2)
+        if few:
+            raise ValueError(f"data.classes names {len(self.data.classes or ())}, which leaves nothing to tell apart")
+        if not dense and self.predict.window is not None:
+            raise ValueError(
+                f"predict.window is for masks, the task is {self.model.task}; predict.size reads larger images"
+            )
+        mixing = [f"augment.{name}" for name in ("mixup", "cutmix", "smoothing") if getattr(self.augment, name)]
+        if self.model.task != "classes" and mixing:
+            said, off = " and ".join(mixing), " ".join(f"{name}=0" for name in mixing)
+            verb = "are" if len(mixing) > 1 else "is"
+            raise ValueError(f"{said} {verb} for task=classes, the task is {self.model.task}; say {off}")
         if (dense or self.data.boxes) and (self.augment.rand_augment or self.augment.erasing):
             raise ValueError(
                 "augment.rand_augment and erasing move or hide pixels without their mask or box; leave them out"

@@ -39,7 +39,8 @@ def write_results(
     elif isinstance(own, SegmentScores):
         files.append(_table(folder / "classes.csv", own.by_class()))
         predicted, labels = _spread(own.counts)
-        files.append(draw_confusion(folder / "confusion.png", labels, predicted, spec["classes"]))
+        what = f"pixels, in {len(labels):,} of all" if len(labels) < int(own.counts.sum()) else "pixels"
+        files.append(draw_confusion(folder / "confusion.png", labels, predicted, spec["classes"], what))
     elif isinstance(own, BoxScores):
         files += [_table(folder / "classes.csv", own.by_class()), _precision(folder / "curves.png", own)]
     if spec.get("image_sizes"):
@@ -76,7 +77,7 @@ def _of_classes(folder: Path, spec: dict[str, Any], own: ClassScores) -> list[Pa
         )
     files.append(_table(folder / "test_predictions.csv", images))
     if single:
-        files.append(draw_confusion(folder / "confusion.png", labels, predicted, names))
+        files.append(draw_confusion(folder / "confusion.png", labels, predicted, names, "images"))
         files.append(draw_calibration(folder / "calibration.png", probabilities, labels))
         if len(np.unique(labels)) > 1:
             files.append(draw_curves(folder / "curves.png", probabilities, labels, names))
@@ -133,7 +134,7 @@ def _by_size(folder: Path, recipe: VisionRecipe, scores: dict[str, Any], costs: 
             axes.set_xticks([row["tokens"] for row in rows], [f"{row['rows']}x{row['columns']}" for row in rows])
             axes.minorticks_off()
             axes.tick_params(axis="x", rotation=30)
-        figure.suptitle("At other sizes than trained at (dotted)", fontsize=9)
+        figure.suptitle("The same test images at several sizes (dotted: the size of the training)", fontsize=9)
     return [_table(folder / "sizes.csv", rows), folder / "sizes.png"]
 
 

@@ -1,5 +1,6 @@
 """Which images there are: class folders, split folders, lists, tables, archives, image and mask folders, the hub."""
 
+import logging
 import os
 import re
 import tarfile
@@ -17,6 +18,8 @@ from core.training.errors import UserError
 from core.training.hub import HUB, names_split, splits
 from core.training.rows import Row, read_rows
 
+log = logging.getLogger(__name__)
+
 PARTS = ("train", "val", "test")
 ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 
@@ -26,6 +29,7 @@ class Item:
     """One image before it is read.
 
     name: how it is called in messages and in the table of predictions.   image, mask: what `Store.read` takes.
+    where: the row of a table that names it, or "".
     label: name of its class, names of its classes, boxes (class, left, top, right, bottom) in pixels, or None.
     part: train, val, test, or "" where the shares decide.   shape: rows and columns as they were read, upright.
     """
@@ -36,6 +40,11 @@ class Item:
     mask: Any = None
     part: str = ""
     shape: tuple[int, int] | None = None
+    where: str = ""
+
+    def told(self) -> str:
+        """How messages call it: by the row that names it, too."""
+        return f"{self.name} ({self.where})" if self.where and self.where != self.name else self.name
 
 
 @dataclass
@@ -125,9 +134,13 @@ def find_items(path: Path | str, options: DataSection, task: str) -> Found:
     text = str(path)
     if options.boxes is not None and not Path(path).is_dir():
         raise UserError(f"{path}: data.boxes go with a folder of images")
+    if Path(path).suffix.lower() in SUFFIXES and Path(path).is_file():
+        raise UserError(f"{path} is one image; data.path is a folder of class folders, an archive of it, or a table")
     if text.startswith(HUB) or (Path(path).is_file() and not _is_archive(Path(path))):
         return _from_table(path, options, task)
     path = Path(path)
+    empty = [] if path.is_file() or options.masks or options.boxes else _without_images(path, options)
+    notes = {"without_images": empty} if empty else {}
     store = Archive(path) if path.is_file() else Store(path)
     names = store.names()
     if not names:
@@ -138,7 +151,7 @@ def find_items(path: Path | str, options: DataSection, task: str) -> Found:
         items = items_with_boxes(names, options, path)
     else:
         items = (_with_classes if options.masks is None else _with_masks)(names, options, path)
-    found = Found(store, items)
+    found = Found(store, items, notes)
     if options.lists is not None:
         _apply_lists(found, options.lists, path if path.is_dir() else path.parent)
     return found
@@ -255,14 +268,19 @@ def _from_table(path: Path | str, options: DataSection, task: str) -> Found:
     notes: dict[str, Any] = {}
     columns = [options.image_column, options.label_column if task in ("classes", "labels") else options.masks or "mask"]
     columns += [options.part_column] if options.part_column else []
-    items = []
+    items, lines = [], {}
     for row, own in _rows(path, columns, options, notes):
         image, target = row.values[columns[0]], row.values[columns[1]]
         name = (
             image if isinstance(image, str) else (image.get("path") if isinstance(image, dict) else None) or row.where
         )
         if isinstance(image, str):
+            if not image.strip():
+                raise UserError(f"{row.where}: {columns[0]} is empty")
             image = str(PurePosixPath(options.images or ".") / image)
+            before = lines.setdefault(image, row.where)
+            if before != row.where:
+                raise UserError(f"{row.where}: {name} stands in {before}, too; each image has one row")
         part = own
         if options.part_column:
             given = str(row.values[options.part_column]).strip().lower()
@@ -270,21 +288,46 @@ def _from_table(path: Path | str, options: DataSection, task: str) -> Found:
             if not part:
                 raise UserError(f"{row.where}: {options.part_column} is {given!r}; known: train, val, test")
         if task in ("segments", "values"):
-            items.append(Item(str(name), image, mask=target, part=part))
+            if target is None:
+                raise UserError(f"{row.where}: {columns[1]} is empty")
+            items.append(Item(str(name), image, mask=target, part=part, where=row.where))
             continue
-        if target is None:
-            raise UserError(f"{row.where}: {options.label_column} is empty")
+        if task == "classes" and _is_nothing(target) and str(target) not in (options.classes or ()):
+            said = str(target or "").strip() or "empty"
+            raise UserError(f"{row.where}: {options.label_column} is {said}, which is no class")
         if task == "labels":
             labels = target if isinstance(target, list) else str(target).split(options.separator)
+            labels = [] if _is_nothing(target) else labels  # an image may have none
             label: Any = [str(one).strip() for one in labels if str(one).strip()]
         else:
             label = str(target).strip()
-            if not label:
-                raise UserError(f"{row.where}: {options.label_column} is empty")
-        items.append(Item(str(name), image, label=label, part=part))
+        items.append(Item(str(name), image, label=label, part=part, where=row.where))
     if not items:
         raise UserError(f"{path}: no rows")
     return Found(Store(root), items, notes)
+
+
+def _is_nothing(target: Any) -> bool:
+    """Whether a cell holds no class: empty, or how tables write a missing number."""
+    return target is None or str(target).strip().lower() in ("", "nan", "none", "null")
+
+
+def _without_images(path: Path, options: DataSection) -> list[str]:
+    """Folders beside those of the classes that hold no image: forgotten ones, or images of another form."""
+    places = {options.images.strip("/").replace("PART", part) for part in PARTS} if options.images else {""}
+    tops = [top for place in places if (path / place).is_dir() for top in (path / place).iterdir() if top.is_dir()]
+    parts = [top for top in tops if _alias(top.name.lower()) is not None]
+    if any(_alias(top.name.lower()) == "train" for top in parts):  # split folders: classes are one below
+        tops = [below for top in parts for below in top.iterdir() if below.is_dir()]
+    found = []
+    for top in sorted(tops):
+        if top.name[0] == "." or Store(top).names():
+            continue
+        suffixes = sorted({file.suffix.lower() for file in top.rglob("*") if file.is_file() and file.suffix})
+        found.append(str(top.relative_to(path)) + (f" ({' '.join(suffixes[:5])})" if suffixes else " (empty)"))
+    if found:
+        log.warning("folders without an image that can be read are no class: %s", ", ".join(found[:8]))
+    return found
 
 
 def _rows(

@@ -13,6 +13,7 @@ from apps.vision.boxes import frame_of, seen, unseen
 from apps.vision.convert import Distillation, load_source, source_is_there, take_over, untrained
 from apps.vision.costs import count_cost, measured_at
 from apps.vision.detection import BoxScores, best, set_loss
+from apps.vision.drawings import draw_strip
 from apps.vision.images import BORDER, normalised, restored
 from apps.vision.metrics import ClassScores, SegmentScores, ValueScores
 from apps.vision.model import TimmBackbone, VisionModel
@@ -20,6 +21,8 @@ from apps.vision.native import bordered, mirrored, native_size, without_border
 from apps.vision.pictures import Kept
 from apps.vision.recipe import VisionRecipe, pair
 from apps.vision.results import sizes_of_test, write_results
+from apps.vision.views import Seen, look_at
+from core.training.errors import UserError
 from core.training.evaluation import autocast
 from core.training.pretrained import load_pretrained, read_weights
 from core.training.task import Task
@@ -48,6 +51,17 @@ class VisionTask(Task):
     def __init__(self, recipe: VisionRecipe, spec: dict[str, Any]):
         super().__init__(recipe, spec)
         self.model = VisionModel(recipe, spec)
+        patch = self.model.backbone.patch
+        for name, sizes in (
+            ("model.eval_sizes", recipe.model.eval_sizes),
+            ("augment.sizes", recipe.augment.sizes or []),
+        ):
+            for size in map(pair, sizes):
+                if size[0] % patch or size[1] % patch:
+                    near = [max(patch, round(side / patch) * patch) for side in size]
+                    raise ValueError(
+                        f"{name}: {list(size)} does not divide into patches of {patch}; the nearest is {near}"
+                    )
         self.kind: str = spec["task"]
         self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]), persistent=False)
@@ -63,21 +77,18 @@ class VisionTask(Task):
         sizes = [pair(size) for size in recipe.augment.sizes or []]
         self.sizes = [*sizes, pair(recipe.data.size)] if sizes and sizes[-1] != pair(recipe.data.size) else sizes
         self.distillation: list[Distillation] = []  # in a list, so that it is no part of the module
-        self.compared: dict[str, VisionModel] = {}
+        self.compared: dict[str, VisionModel] | None = None
         self.scores: dict[str, Any] = {}
         self.tested: dict[str, Any] = {}
         self.kept: list[Kept] = []
+        self.first: Seen | None = None
         self.part = ""
         self.counted: dict[str, Any] | None = None
 
     # -- weights to start from -------------------------------------------------------------------------------------
 
-    def setup(self, stage: str | None = None) -> None:
-        """Bring in the weights that the recipe starts from, before training begins or goes on.
-
-        Raises:
-            UserError: they are not there or do not fit.
-        """
+    def bring_weights(self) -> None:
+        """Take over stock weights, those of a pretrained run, or those of the run that is converted."""
         options = self.recipe.model
         if options.weights is not None:
             from apps.vision.timm_models import load_weights
@@ -90,10 +101,17 @@ class VisionTask(Task):
             skip = [n for n in own if n.startswith(heads) and n in given and given[n].shape != own[n].shape]
             log.info("pretrained: %s", load_pretrained(self.model, options.pretrained, skip=skip))
         if options.convert_from is not None:
-            source = load_source(self.recipe, self.spec)
-            new = take_over(self.model, source)
+            new = take_over(self.model, load_source(self.recipe, self.spec).model)
             log.info("converted from %s; of the mechanisms' own: %s", options.convert_from, ", ".join(new) or "nothing")
-            self.distillation = [Distillation(source, options.distil)]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Before training begins or goes on: the run that a conversion learns from.
+
+        Raises:
+            UserError: it is not there or does not fit.
+        """
+        if self.recipe.model.convert_from is not None:
+            self.distillation = [Distillation(load_source(self.recipe, self.spec), self.recipe.model.distil)]
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -119,10 +137,10 @@ class VisionTask(Task):
             loss, terms = set_loss(answer, target)
         else:
             loss, terms = self._supervised(answer, target), {}
-        if learned is None or not learned.options.weight:
+        if learned is None or not learned.weight:
             return loss, terms
         distance = learned.distance(answer, x, real, self.kind)
-        return loss + learned.options.weight * distance, {"task_loss": loss, "distance": distance}
+        return loss + learned.weight * distance, {"task_loss": loss, "distance": distance}
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(normalised images, real rows and columns where some have a border)."""
@@ -189,6 +207,10 @@ class VisionTask(Task):
         if not self.scores:
             self.kept, self.part = [], batch["part"]
         x, real = self._inputs(batch)
+        if not self.scores and self.part == "test":
+            rows, columns = batch["real"][0].tolist() if self.native else x.shape[2:]  # alone, it needs no border
+            limits = None if real is None or self.native else real[:1]
+            self.first = look_at(self.model, batch["image"][0, :, :rows, :columns], x[:1, :, :rows, :columns], limits)
         answer = self._score("", self.model, x, real, batch)
         if batch["part"] == "test":
             self._keep(batch, answer)
@@ -225,16 +247,31 @@ class VisionTask(Task):
     def cost(self) -> dict[str, Any]:
         """Parameters, FLOPs and tokens of one image at data.size."""
         if self.counted is None:
-            size = pair(self.recipe.data.size)
-            self.counted = count_cost(self.model, len(self.spec["mean"]), size)
+            sizes = {pair(size) for size in (*self.recipe.model.eval_sizes, *(self.recipe.augment.sizes or []))}
+            trained = pair(self.recipe.data.size)
+            try:  # at every size that will be asked for, so that what cannot be shows before training
+                for size in (*sorted(sizes - {trained}), trained):
+                    self.counted = count_cost(self.model, len(self.spec["mean"]), size)
+            except ValueError as error:
+                raise UserError(f"{self.recipe.source}: {size[0]} x {size[1]} pixels: {error}") from error
+            assert self.counted is not None
         return self.counted
 
     def artifacts(self, run_dir: Path) -> list[Path]:
-        """Tables and plots of the test pass: by class, confusion, calibration, by size, overlays of masks."""
+        """Tables and plots of the test pass: by class, confusion, calibration, by size, masks, a look inside."""
         channels = len(self.spec["mean"])
         with autocast(self.recipe, self.device):
             costs = {size: measured_at(self.model, channels, size) for size in sizes_of_test(self.recipe)}
-        return write_results(run_dir, self.spec, self.recipe, self.tested, self.kept, costs)
+        files = write_results(run_dir, self.spec, self.recipe, self.tested, self.kept, costs)
+        if self.first is not None:
+            try:  # on the CPU, where rows are tested and gradients of one image find room
+                self.model.cpu()
+                files.append(draw_strip(run_dir / "inside.png", self.model, self.first))
+            except RuntimeError as error:  # the figures of a long run are worth more
+                log.warning("no inside.png: %s", str(error).splitlines()[0])
+            finally:
+                self.model.to(self.device)
+        return files
 
     def _score(self, name: str, model: VisionModel, x: Tensor, real: Tensor | None, batch: dict[str, Any]) -> Tensor:
         answer = model(x, real).float()
@@ -267,12 +304,17 @@ class VisionTask(Task):
 
     def _others(self) -> dict[str, VisionModel]:
         """The source of a conversion and the model right after the replacement, while the source is there."""
-        if self.recipe.model.convert_from is not None and not self.compared:
-            if not source_is_there(self.recipe):
-                log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
-                return {}
-            source = load_source(self.recipe, self.spec)
-            self.compared = {"source": source, "replaced": untrained(self.recipe, self.spec, source)}
+        if self.compared is not None:
+            return self.compared
+        self.compared = {}
+        if self.recipe.model.convert_from is None:
+            return {}
+        if not source_is_there(self.recipe):
+            log.info("%s is gone, so the conversion is not compared with it", self.recipe.model.convert_from)
+            return {}
+        source = load_source(self.recipe, self.spec)
+        if source.answers:
+            self.compared = {"source": source.model, "replaced": untrained(self.recipe, self.spec, source.model)}
         return self.compared
 
     def _keep(self, batch: dict[str, Any], answer: Any) -> None:

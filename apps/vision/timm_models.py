@@ -231,11 +231,11 @@ def refuse_grids(model: nn.Module) -> None:
             )
 
 
-def load_weights(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
+def load_weights(model: nn.Module, path: str | Path, *, key: str = "model.weights") -> dict[str, list[str]]:
     """Stock weights from a file of this machine, every name accounted for.
 
     timm's own conversion runs first (checkpoints of other sizes, old names). What may stay as it is: the classifier,
-    when it has another number of classes, and what `replace_attention` added.
+    when it has another number of classes, and what `replace_attention` added. `key` names the option in messages.
 
     Returns:
         {"missing", "unused"}: names that stayed as they were, and names of the file that found no place.
@@ -245,11 +245,12 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"model.weights: there is no file {str(path)!r}")
+        raise UserError(f"{key}: there is no file {str(path)!r}")
     try:
         state = load_state_dict(str(path), use_ema=True, weights_only=True)
     except Exception as error:
-        raise UserError(f"model.weights: {path} holds no weights ({str(error).splitlines()[0]})") from error
+        said = "" if "weights_only" in str(error) else f" ({str(error).splitlines()[0]})"
+        raise UserError(f"{key}: {path} holds no weights{said}; .safetensors and .pth are read") from error
     import sys
 
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -271,7 +272,7 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, list[str]]:
             text.append(
                 f"{wrong[0]} has the shape {list(state[wrong[0]].shape)}, the model {list(own[wrong[0]].shape)}"
             )
-        raise UserError(f"model.weights: {path} does not fit {type(model).__name__}: {'; '.join(text)}")
+        raise UserError(f"{key}: {path} does not fit {type(model).__name__}: {'; '.join(text)}")
     model.load_state_dict(fits, strict=False)
     return {"missing": [n for n in own if n not in fits], "unused": [n for n in state if n not in fits]}
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from benchmarks.gpu.contenders import REFERENCES, Contender, recurrence
+from benchmarks.gpu.contenders import REFERENCES, RINGS, Contender, recurrence, ringed
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.timing import inputs, steps
 from core.attention import linear_attention
@@ -66,10 +66,13 @@ def step_faults(scale: Scale, heads: int, width: int, only: str = "") -> dict[st
                 continue
             again = [torch.cat((x, x[:, :, -1:]), 2) for x in (q, k, v)]
             if group == "linear":
-                exact, got = linear_attention(*again, causal=True, backend="reference"), run()[0]
+                exact = linear_attention(*again, causal=True, backend="reference")
+            elif group in RINGS:
+                variant, rotary = ringed(group, q, torch.arange(after + 1, device=q.device))
+                exact = variant(*again, causal=True, rotary=rotary, backend="reference").out
             else:
-                exact, got = recurrence(*again, group=group, backend="reference")[0], run()[0]
-            exact = exact[:, :, -1:]
+                exact = recurrence(*again, group=group, backend="reference")[0]
+            exact, got = exact[:, :, -1:], run()[0]
             error, allowed = (got.double() - exact).abs().max().item(), 2e-2 * exact.abs().max().item()
             found[group] = "" if error <= allowed else f"out is off by {error:.1e}, allowed {allowed:.1e}"
     return found

@@ -22,7 +22,7 @@ from core.attention.backends import resolve
 from core.attention.contract import Heads, Inputs
 from core.attention.feature_maps import feature_map
 from core.attention.learned_maps import Focused
-from core.attention.positions import alibi_slopes
+from core.attention.positions import Rotation, alibi_slopes
 from core.attention.registry import build, variant_class
 from core.attention.variants import linear
 from core.attention.variants.hybrid import merged
@@ -121,6 +121,15 @@ def _focused(q, k, v, backend):
 
 
 RECURRENCES = ("vector decay", "delta", "gated delta")
+RINGS = ("window", "hybrid", "hybrid rotary")
+"""What decodes from a ring of the last keys."""
+
+
+def ringed(group: str, q, at: torch.Tensor):
+    """(variant, rotary) of a group of `RINGS`, for tokens of q's heads that stand at `at`."""
+    heads = Heads(q.shape[1], q.shape[1], q.shape[3], q.shape[3])
+    variant = build(group.removesuffix(" rotary"), heads, window=WINDOW).to(q.device)
+    return variant, (Rotation(at), Rotation(at)) if group.endswith("rotary") else None
 
 
 def _pattern(q, k, v, name, backend):

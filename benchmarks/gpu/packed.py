@@ -33,7 +33,8 @@ def ends(total: int, length: int) -> Tensor:
 def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, v, offsets) of a pack."""
     batch, _, length, _ = q.shape
-    return *(x.reshape(1, x.shape[1], batch * length, x.shape[3]) for x in (q, k, v)), ends(batch * length, length)
+    q, k, v = (x.reshape(1, x.shape[1], batch * length, x.shape[3]) for x in (q, k, v))
+    return q, k, v, ends(batch * length, length)
 
 
 def by_offsets(q: Tensor, k: Tensor, v: Tensor, group: str, near: int) -> Tensor:

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, step, window, window2d
+from core.attention.kernels import decay, delta, gated, hybrid, launch, linear, ring_step, step, window, window2d
 
 ARCHES = {80: "ampere", 90: "hopper"}
 TYPES = {
@@ -110,9 +110,24 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         chunks.solve(None)
         chunks.gradient(q, wide, end)
 
-    def by_step():
-        raw(step.linear_step, *one, mask[:, :1], None, sums, None, "elu", True)
+    def by_step(turned: bool = False):
+        at = (made(1, 1, dtype=torch.int64),) * 2 if turned else ()
+        raw(step.linear_step, *one, mask[:, :1], None, sums, None, "elu", True, *at)
+        if turned:
+            return
         raw(step.delta_step, *one, rates[:, :, :1], rates[:, :, :1], end)
+
+    def by_ring(hybrid: bool, turned: bool = False, phi: str = "elu", narrow: int = width):
+        ring = made(1, KEY_HEADS, 128, width), made(1, KEY_HEADS, 128, width), made(1, 128, dtype=torch.bool)
+        if not hybrid:
+            raw(ring_step.window_step, *one, mask[:, :1], None, *ring, 0.1)
+            return
+        tails = made(1, HEADS, 1, narrow), made(1, KEY_HEADS, 1, narrow)
+        features = linear.phi_named(phi).width(narrow)
+        states = made(1, KEY_HEADS, features, width + 1, dtype=torch.float32), made(1, dtype=torch.float32)
+        at = (made(1, 1, dtype=torch.int64),) * 2 if turned else (None, None)
+        given = *tails, mask[:, :1], made(HEADS, dtype=torch.float32), None, None, *ring, *states, *at
+        raw(ring_step.hybrid_step, *one, *given, phi, 0.1, 1e4, False, turned)
 
     return {
         "linear past": lambda: by_linear("past"),
@@ -134,6 +149,11 @@ def operators(width: int, dtype: torch.dtype) -> dict[str, Callable]:
         "hybrid causal, taylor 16": lambda: by_hybrid(True, "taylor", 16),
         "hybrid causal, packs": by_hybrid_packs,
         "step": by_step,
+        "step, rotary": lambda: by_step(turned=True),
+        "window step": lambda: by_ring(False),
+        "hybrid step": lambda: by_ring(True),
+        "hybrid step, rotary": lambda: by_ring(True, turned=True),
+        "hybrid step, taylor 16": lambda: by_ring(True, phi="taylor", narrow=16),
     }
 
 

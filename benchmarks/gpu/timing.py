@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.contenders import RECURRENCES, SPARSE, Contender, pairs, recurrence
+from benchmarks.gpu.contenders import RECURRENCES, RINGS, SPARSE, Contender, pairs, recurrence, ringed
 from benchmarks.gpu.scale import Scale
 from core.attention import linear_attention
 
@@ -120,10 +120,29 @@ def steps(scale: Scale, heads: int, width: int, after: int, batch: int, only: st
         run = partial(recurrence, group=group, backend="triton")
         memory = run(q, k, v)[1].expand(batch, -1, -1, -1).contiguous()
         found[group] = partial(run, *token, state=memory)
+    for group in (group for group in RINGS if only in group):
+        found[group] = _ring_step(group, q, k, v, token)
     if batch <= scale.cached and only in "softmax sdpa":
         cache = [x.expand(batch, -1, -1, -1).contiguous() for x in (k, v)]
         found["softmax sdpa"] = lambda: F.scaled_dot_product_attention(token[0], *cache)
     return found
+
+
+def _ring_step(group: str, q, k, v, token: list[torch.Tensor]) -> Callable:
+    """A call that decodes `token` after q, k and v, and gives (output, new state)."""
+    after, batch = q.shape[2], token[0].shape[0]
+    variant, rotary = ringed(group, q, torch.arange(after, device=q.device))
+    with torch.no_grad():
+        state = variant.init_state(1, device=q.device, dtype=q.dtype)
+        state = variant.resume(q, k, v, state, rotary=rotary, backend="triton")[1]
+    state = {name: x.expand(batch, *x.shape[1:]).contiguous() for name, x in state.items()}
+    _, rotary = ringed(group, q, torch.full((batch, 1), after, device=q.device))
+
+    def step():
+        attended, new = variant.resume(*token, state, rotary=rotary, backend="triton")
+        return attended.out, new
+
+    return step
 
 
 def decoding(scale: Scale, heads: int, width: int, after: int, batch: int, only: str) -> list[dict]:

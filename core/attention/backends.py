@@ -9,10 +9,12 @@ Triton kernel, flex-attention or another library joins by one decorated function
 import logging
 import os
 from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from core.attention.autocast import lowered
 
@@ -90,6 +92,8 @@ def implementation(
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
     def keep(run: Callable) -> Callable:
+        if backend in ("torch", "triton"):
+            run = _backward_only(run, mechanism, backend)
         _table.setdefault(mechanism, {})[backend] = Implementation(run, frozenset(serves), devices, dtypes, widths)
         return run
 
@@ -147,21 +151,28 @@ def mechanisms() -> tuple[str, ...]:
     return tuple(sorted(_table))
 
 
+def check_backend(name: str) -> None:
+    """Raise ValueError unless there is a backend of this name, or it is "auto"."""
+    if name not in ("auto", *BACKENDS):
+        from core.attention.registry import nearest
+
+        raise ValueError(f"unknown backend {name!r}{nearest(name, BACKENDS)}; known: auto, {', '.join(BACKENDS)}")
+
+
 def set_backend(backend: str | None, mechanism: str | None = None) -> None:
     """Force a backend wherever "auto" is asked for, for one mechanism or for all; None gives the choice back.
 
     The environment variable LONGSPAN_BACKEND does the same for a whole process.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend or mechanism.
     """
     if backend in (None, "auto"):
         _forced.pop(mechanism, None)
         return
-    if backend not in BACKENDS:
-        from core.attention.registry import nearest
-
-        raise ValueError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}; known: auto, {', '.join(BACKENDS)}")
+    check_backend(backend)
+    if mechanism is not None:
+        _entered(mechanism)
     _forced[mechanism] = backend
 
 
@@ -177,12 +188,7 @@ def explain_backend(
           sdpa: does not serve mass
           torch: serves  <- runs
     """
-    from core.attention.registry import available, variant_class
-
-    if mechanism not in _table and mechanism in available():
-        variant_class(mechanism)
-    if mechanism not in _table:
-        raise ValueError(f"unknown mechanism {mechanism!r}; known: {', '.join(sorted(_table))}")
+    _entered(mechanism)
     chosen = resolve(mechanism, "auto", device, dtype, tuple(needs))
     title = f"{mechanism} on {device}, {str(dtype).removeprefix('torch.')}"
     lines = [title + (f", needs {', '.join(needs)}" if needs else "")]
@@ -196,6 +202,36 @@ def explain_backend(
             text += ", but is only used when asked for"
         lines.append(f"  {name}: {text}")
     return "\n".join(lines)
+
+
+def _entered(mechanism: str) -> None:
+    """Raise ValueError unless implementations of the mechanism are known; variants are imported to find out."""
+    from core.attention.registry import available, nearest, variant_class
+
+    if mechanism not in _table:
+        for name in (mechanism,) if mechanism in available() else available():
+            variant_class(name)
+    if mechanism not in _table:
+        raise ValueError(
+            f"unknown mechanism {mechanism!r}{nearest(mechanism, _table)}; known: {', '.join(sorted(_table))}"
+        )
+
+
+def _backward_only(run: Callable, mechanism: str, backend: str) -> Callable:
+    """`run`, which refuses inputs with a forward-mode tangent: its operators would leave the tangent out in silence."""
+
+    @wraps(run)
+    def checked(*arguments, **options):
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            for given in (*arguments, *options.values()):
+                if isinstance(given, Tensor) and forward_ad.unpack_dual(given).tangent is not None:
+                    raise NotImplementedError(
+                        f"backend {backend!r} of {mechanism} attention has no forward-mode derivative: "
+                        f"backend='reference' has one, at quadratic cost"
+                    )
+        return run(*arguments, **options)
+
+    return checked
 
 
 def _lacks(

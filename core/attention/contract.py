@@ -69,11 +69,9 @@ class _Merge(torch.autograd.Function):
     # with p = exp(l_p - l): d o_p = p do,  d l_p = p (dl + <do, o_p - o>).
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(*flat):
         outs, masses = flat[0::2], flat[1::2]
-        top = masses[0]
-        for mass in masses[1:]:
-            top = torch.maximum(top, mass)
+        top = torch.stack(masses).amax(0)
         top = torch.where(top == -torch.inf, 0.0, top)
         weights = [torch.exp(mass - top) for mass in masses]
         total = sum(weights[1:], weights[0])
@@ -82,16 +80,19 @@ class _Merge(torch.autograd.Function):
         out = outs[0] * shares[0].unsqueeze(-1)
         for share, part in zip(shares[1:], outs[1:]):
             out = out + part * share.unsqueeze(-1)
-        out = out.to(outs[0].dtype)
-        ctx.save_for_backward(*outs, *shares)
-        return out, top + torch.log(total)
+        return out.to(outs[0].dtype), top + torch.log(total)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         do, dl = grads
-        saved = ctx.saved_tensors
-        outs, shares = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        *flat, mass = ctx.saved_tensors
+        outs = flat[0::2]
+        shares = [torch.exp(one - torch.where(mass == -torch.inf, 0.0, mass)) for one in flat[1::2]]
         do = do.to(shares[0].dtype)  # differences of rounded outputs would cost the masses their digits
         along = [(do * part).sum(-1) for part in outs]
         whole = sum(share * one for share, one in zip(shares, along))

@@ -43,6 +43,8 @@ class ShortConvolution(nn.Module):
             x = torch.where(mask[:, None, :, None], x, 0.0)
         reach = self.taps - 1
         left = reach if self.causal else reach // 2
+        if before is None and x.shape[2] == 0:
+            return x, x.new_zeros(*x.shape[:2], reach, x.shape[3])
         if before is not None:
             left, x = 0, torch.cat((before.to(x.dtype), x), 2)
         padded = F.pad(x, (0, 0, left, reach - left if before is None else 0))

@@ -6,6 +6,7 @@ Every weight outside the variant is the same whichever variant is inside, so swa
 import torch
 from torch import Tensor, nn
 
+from core.attention.backends import check_backend
 from core.attention.contract import Attended, Cost, Heads, Inputs, State
 from core.attention.convolution import ShortConvolution
 from core.attention.packing import Pack, attend_packed, pack_of
@@ -71,6 +72,7 @@ class Attention(nn.Module):
             raise ValueError(
                 f"unknown positions {positions!r}{nearest(positions, POSITIONS)}; known: None, {', '.join(POSITIONS)}"
             )
+        check_backend(backend)
         self.dim, self.num_heads, self.causal = dim, num_heads, causal
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.positions, self.dropout, self.backend = positions, dropout, backend
@@ -96,7 +98,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(num_heads * width, dim, bias=bias)
         self.query_norm = nn.RMSNorm(width) if qk_norm else None
         self.key_norm = nn.RMSNorm(width) if qk_norm else None
-        if isinstance(short_conv, bool) or short_conv < 0 or short_conv == 1:
+        if isinstance(short_conv, bool) or not isinstance(short_conv, int) or short_conv < 0 or short_conv == 1:
             raise ValueError(f"short_conv is a number of taps, 0 (none) or at least 2, got {short_conv!r}")
         self.short_conv, self.convolutions = short_conv, None
         if short_conv:
@@ -149,7 +151,7 @@ class Attention(nn.Module):
         """
         self._check(x, "x")
         if context is not None:
-            self._check_context(context)
+            context = self._real(context, key_mask)
         else:
             self._require("causal" if self.causal else "bidirectional")
         if global_mask is not None:
@@ -159,7 +161,7 @@ class Attention(nn.Module):
                     f"global_mask must be bool {list(x.shape[:2])} and goes with self-attention, "
                     f"got {global_mask.dtype} {list(global_mask.shape)}"
                 )
-        if grid is not None and (cu_seqlens is not None or not 0 < grid[0] * grid[1] <= x.shape[1]):
+        if grid is not None and (cu_seqlens is not None or min(grid) < 1 or not 0 < grid[0] * grid[1] <= x.shape[1]):
             raise ValueError(f"grid={grid} needs that many tokens at the end of every sequence, got x {list(x.shape)}")
         if cu_seqlens is not None and key_mask is not None:
             raise ValueError("give key_mask or cu_seqlens, not both: a pack has no padding")
@@ -247,7 +249,7 @@ class Attention(nn.Module):
 
         With "linear" its size does not depend on M, so that every query costs the same however long the context is.
         """
-        self._check_context(context)
+        context = self._real(context, key_mask)
         k = self._normed(self._heads(self.key(context), self.num_kv_heads), self.key_norm)
         v = self._heads(self.value(context), self.num_kv_heads)
         return self.variant.remember(k, v, key_mask=key_mask, backend=self.backend)
@@ -342,6 +344,13 @@ class Attention(nn.Module):
         if ability not in self.variant.can:
             able = [name for name in available() if ability in variant_class(name).can]
             raise ValueError(f"attention {self.variant.name!r} cannot do {ability!r}; {', '.join(able)} can")
+
+    def _real(self, context: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The context, 0 where it is masked: a NaN there would be one in the projections' gradients, as 0 times NaN."""
+        self._check_context(context)
+        if key_mask is None or key_mask.dtype != torch.bool or key_mask.shape != context.shape[:2]:
+            return context  # and what is wrong with the mask is told where all masks are checked
+        return torch.where(key_mask.unsqueeze(-1), context, 0.0)
 
     def _check_context(self, context: Tensor) -> None:
         self._check(context, "context")

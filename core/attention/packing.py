@@ -64,7 +64,7 @@ def pack_of(q: Tensor, k: Tensor, offsets: Tensor, key_offsets: Tensor | None = 
         else:
             _check_shape(one, name)
             right = (one[0] == 0) & (one[-1] == total) & (one.diff() >= 0).all()
-            torch._assert_async(right, f"{name} must rise from 0 to {total}, the packed length")
+            torch.ops.aten._assert_async.msg(right, f"{name} must rise from 0 to {total}, the packed length")
             longest = max(longest, total)
         placed.append(one.to(q.device, non_blocking=True))
     _check_number(q, placed[0].shape[0] - 1, placed[-1].shape[0] - 1)

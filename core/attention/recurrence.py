@@ -153,7 +153,7 @@ class Recurrence(Variant):
         out, _ = self._run(parts, None, backend, v.dtype, pack)
         if not causal:
             out = out + self._from_the_end(parts, backend, v.dtype, pack)
-        return Attended(self.finish(self._with_own(out, parts, v), v, inputs), None)
+        return Attended(self.finish(self._with_own(out, parts, hide(v, key_mask)), v, inputs), None)
 
     def reads_packs(self, q, v, *, backend="auto") -> bool:
         return self.by_position and honours(self.kind, "packs", backend, q, v, _needs(q, None))
@@ -167,7 +167,7 @@ class Recurrence(Variant):
     ):
         parts = self._parts(q, k, v, key_mask, rotary, inputs)
         out, end = self._run(parts, state["sum"], backend, v.dtype)
-        return Attended(self.finish(self._with_own(out, parts, v), v, inputs), None), {"sum": end}
+        return Attended(self.finish(self._with_own(out, parts, hide(v, key_mask)), v, inputs), None), {"sum": end}
 
     def finish(self, out: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """What was read [B, H, L, E] -> the head's output in the dtype of v."""

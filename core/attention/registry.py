@@ -33,6 +33,8 @@ class Entry:
     summary: str
     source: str
     options: dict[str, Any] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    """What the source says each option is, such as "int | None"."""
     module: str = ""
     pick: str = ""
     stability: str = ""
@@ -66,11 +68,12 @@ def register(name: str, *, summary: str, source: str, pick: str = "", stability:
             raise ValueError(f"attention {name!r} is already registered by {shipped.module}; choose another name")
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"attention {name!r} is already registered by {taken.__module__}.{taken.__qualname__}")
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        parameters = [p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = {p.name: p.default for p in parameters}
+        kinds = {p.name: _written(p.annotation) for p in parameters}
         cls.name = name
         _registered[name] = cls
-        _entries[name] = Entry(name, summary, source, options, cls.__module__, pick, stability)
+        _entries[name] = Entry(name, summary, source, options, kinds, cls.__module__, pick, stability)
         return cls
 
     return keep
@@ -95,15 +98,30 @@ def entry(name: str) -> Entry:
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `name` is a variant and every key of `options` one of its options, or of the layer's."""
+    """Raise ValueError unless `name` is a variant and `options` are of it, or of the layer, and of their kind."""
     _check(name, options, {**entry(name).options, **LAYER_OPTIONS})
 
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word", "None": "null"}
+"""Kinds of options that are checked, as an error calls them; others are the variant's to check."""
+
+
 def _check(name: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             takes = f"it takes {', '.join(sorted(known))}" if known else "it takes no options"
             raise ValueError(f"attention {name!r} has no option {option!r}{nearest(option, known)}; {takes}")
+        kinds = re.findall(r"\w+", entry(name).kinds.get(option, ""))
+        given = "None" if value is None else type(value).__name__
+        if not set(kinds) - set(KINDS) and kinds and given not in (*kinds, *(["int"] if "float" in kinds else [])):
+            told = " or ".join(KINDS[kind] for kind in kinds)
+            raise ValueError(f"{option} must be {told}, got {value!r} (attention {name!r})")
+
+
+def _written(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def variant_class(name: str) -> type:
@@ -156,13 +174,17 @@ def _shipped() -> dict[str, Entry]:
             assert isinstance(call, ast.Call)
             name = ast.literal_eval(call.args[0])
             words = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-            found[name] = Entry(name, options=_options(cls), module=module, **words)
+            options, kinds = _options(cls)
+            found[name] = Entry(name, options=options, kinds=kinds, module=module, **words)
     return found
 
 
-def _options(cls: ast.ClassDef) -> dict[str, Any]:
+def _options(cls: ast.ClassDef) -> tuple[dict[str, Any], dict[str, str]]:
+    """(option -> default, option -> annotation)."""
     for node in cls.body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            given = node.args.kwonlyargs
             defaults = [None if value is None else ast.literal_eval(value) for value in node.args.kw_defaults]
-            return {argument.arg: value for argument, value in zip(node.args.kwonlyargs, defaults)}
-    return {}
+            kinds = {one.arg: ast.unparse(one.annotation) for one in given if one.annotation is not None}
+            return {one.arg: value for one, value in zip(given, defaults)}, kinds
+    return {}, {}

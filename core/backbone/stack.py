@@ -136,7 +136,7 @@ class _Stack(nn.Module):
         plain = start is None and cu_seqlens is None and key_mask is None
         if plain and x.shape[1] > known:
             return self.drop(x + self.table(x.shape[1]))
-        last = x.shape[1] + (0 if start is None else int(start.max()))
+        last = x.shape[1] + (0 if start is None else max(start.flatten().tolist(), default=0))
         if last > known and start is None:  # the longest sequence counts, not the padding or the pack around it
             last = int(at.max()) + 1
         if last > known:

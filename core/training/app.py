@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from core.attention.registry import nearest
 from core.training.errors import UserError
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from core.training.recipe import Recipe
 
 GROUP = "longspan.apps"
+
+
+class Sheet(NamedTuple):
+    """A picture that every run of an app leaves, for the variants of a comparison to be seen one below the other.
+
+    file: its name in the run folder, a PNG of the same size for all variants.
+    title, text: heading and explanation on the page of the comparison.
+    """
+
+    file: str
+    title: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,9 @@ class App:
         better: its direction.
         inspect: `inspect(run: LoadedRun, input: Path, output: Path) -> list[Path]` writes into a folder what there is
             to see inside the model; None: nothing.
+        side_by_side: `side_by_side(runs: {label: LoadedRun}, input: Path, output: Path) -> list[Path]`, the same of all
+            variants of a comparison in one picture; None: each by itself.
+        sheet: a picture of every run that the page of a comparison shows; None: there is none.
         sized: `sized(recipe, sizes, batch, device) -> {size: Sized}`, the untrained model at several sizes of its
             input, for `longspan bench RECIPE` (core.training.costs); sizes as the user wrote them, none: the app's
             choice. None: the app does not say.
@@ -54,9 +69,13 @@ class App:
     metric: str
     better: Literal["lower", "higher"]
     inspect: str | None = None
+    side_by_side: str | None = None
+    sheet: Sheet | None = None
     sized: str | None = None
 
-    def part(self, name: Literal["recipe", "data", "task", "floors", "predict", "inspect", "sized"]) -> Any:
+    def part(
+        self, name: Literal["recipe", "data", "task", "floors", "predict", "inspect", "side_by_side", "sized"]
+    ) -> Any:
         """The object behind one of the references."""
         return load(getattr(self, name))
 

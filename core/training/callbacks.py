@@ -26,8 +26,9 @@ def peak_bytes(device: torch.device) -> int:
 class Meter(Callback):
     """Time and throughput of the training part of each epoch; validation and saving are not counted."""
 
-    def __init__(self, items: int, batch_size: int, tokens_per_item: float):
+    def __init__(self, items: int, batch_size: int, tokens_per_item: float, accumulate: int = 1):
         self.items, self.batch_size, self.tokens_per_item = items, batch_size, tokens_per_item
+        self.accumulate = accumulate  # batches per optimiser step
         self.epoch_seconds = 0.0  # of this epoch before the process was interrupted
         self.seconds = 0.0  # of all finished epochs
         self.batches = 0
@@ -54,7 +55,7 @@ class Meter(Callback):
         items = min(self.items, self.batches * self.batch_size)
         return {
             "tokens_per_s": round(items * self.tokens_per_item / seconds, 1),
-            "step_ms": round(1000 * seconds / max(1, self.batches), 3),
+            "step_ms": round(1000 * seconds / max(1, -(-self.batches // self.accumulate)), 3),
             "peak_bytes": peak_bytes(device),
         }
 
@@ -72,7 +73,7 @@ class Meter(Callback):
 
 
 class Display(Callback):
-    """A progress bar on a terminal; elsewhere a line in the log every `log_every` steps."""
+    """A progress bar on a terminal; elsewhere a line in the log every `log_every` batches."""
 
     def __init__(self, console: Console | None, epochs: int, log_every: int):
         self.console, self.epochs, self.log_every = console, epochs, log_every

@@ -282,12 +282,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _seeds(text: str) -> int | list[int]:
     try:
-        seeds = [int(word) for word in text.split(",")]
+        seeds = [int(word) for word in text.split(",") if word.strip() or "," not in text]
     except ValueError as error:
         raise UserError(f"--seeds must be a number of seeds or a list such as 0,4,7, got {text!r}") from error
-    if min(seeds) < (1 if len(seeds) == 1 else 0):
+    listed = "," in text
+    if min(seeds, default=0) < (0 if listed and seeds else 1):
         raise UserError(f"--seeds must be at least 1, and seeds not negative, got {text!r}")
-    return seeds if len(seeds) > 1 else seeds[0]
+    return seeds if listed else seeds[0]
 
 
 def _must_be_there(name: str, what: str) -> None:

@@ -9,29 +9,25 @@ went NaN is a result (the same seed would end the same way); delete its folder a
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-import yaml
-
+from core.training.differences import differing, flat, harmless
+from core.training.durable import locked, write_text
 from core.training.errors import Interrupted, UserError
 from core.training.interrupt import Stop
-from core.training.ledger import Key, Plan, Run, append_run, read_plan, read_runs, replace_text, write_plan
-from core.training.plan import attention_overrides, differing, flat, flow, make_plan
+from core.training.ledger import Key, Plan, Run, append_run, file_names, read_plan, read_runs, write_plan
+from core.training.plan import attention_overrides, command_of, flow, make_plan
 from core.training.progress import Board
 from core.training.report import load_summary, report, write_report
 from core.training.summary import Summary
 from core.training.workers import Job, Start, start, work
+from core.training.yaml_values import write_yaml
 
 __all__ = ["CompareResult", "compare", "report"]
-
-# Changing these between two starts does not change what is learned.
-HARMLESS = {f"trainer.{key}" for key in ("threads", "workers", "log_every", "checkpoint_every")}
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,8 @@ def compare(
         jobs: runs side by side; more than one disturbs the measured times, and the report says so.
         run_dir: the folder; None: runs/compare-<app>-<recipe>-<time>. One with finished runs is continued.
         overrides: "key=value" of all runs.
-        baseline: the variant that the others are compared with; None: the first.
+        baseline: the variant that the others are compared with; None: the first, and where a comparison is continued
+            the one that it has.
         grid: "key=value,value" whose values are compared one beside the other; several give all combinations.
         quiet: no progress on the terminal; None: quiet unless stderr is a terminal.
         start: how a job becomes a process; tests put their own here.
@@ -86,15 +83,15 @@ def compare(
     asked = plan.planned()
     stem = Path(str(recipe_ref)).stem
     folder = Path(run_dir) if run_dir is not None else Path("runs") / f"compare-{plan.app}-{stem}-{_stamp()}"
-    plan = replace(plan, command=f"{plan.command} --run-dir {shlex.quote(str(folder))}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the compare folder {folder}: {error.strerror}") from error
     stop = Stop()
     stop.deferring = True
-    with _locked(folder), stop.watching():
-        plan = _continue(folder, plan)
+    with locked(folder, f"another compare is running in {folder}"), stop.watching():
+        plan = _continue(folder, plan, keep_baseline=baseline is None)
+        plan = replace(plan, command=f"{command_of(plan)} --run-dir {shlex.quote(str(folder))}")
         write_plan(folder, plan)
         _freeze(folder, plan)
         runs = read_runs(folder)
@@ -121,7 +118,7 @@ def compare(
         return CompareResult(folder, summary, write_report(folder, summary))
 
 
-def _continue(folder: Path, plan: Plan) -> Plan:
+def _continue(folder: Path, plan: Plan, *, keep_baseline: bool) -> Plan:
     """The plan joined with the one that the folder already has, which must be the same question with other runs."""
     old = read_plan(folder)
     if old is None or not read_runs(folder):
@@ -130,7 +127,9 @@ def _continue(folder: Path, plan: Plan) -> Plan:
     if old.app != plan.app or configs.keys().isdisjoint(plan.settings):
         raise UserError(f"{folder} holds another comparison ({old.command}); choose another --run-dir")
     for setting, config in zip(plan.settings, plan.configs):
-        for key in differing(configs.get(setting, config), config, harmless=HARMLESS):
+        for key in differing(configs.get(setting, config), config):
+            if harmless(key):
+                continue
             there, here = (flat(side).get(key) for side in (configs[setting], config))
             raise UserError(
                 f"{folder} holds a comparison with {key}={there!r}, now it is {here!r}; "
@@ -146,6 +145,7 @@ def _continue(folder: Path, plan: Plan) -> Plan:
     configs |= dict(zip(plan.settings, plan.configs))
     return replace(
         plan,
+        baseline=old.baseline if keep_baseline else plan.baseline,
         variants=old.variants | plan.variants,
         seeds=tuple(sorted({*old.seeds, *plan.seeds})),
         settings=tuple(configs),
@@ -157,16 +157,19 @@ def _continue(folder: Path, plan: Plan) -> Plan:
 def _freeze(folder: Path, plan: Plan) -> None:
     """Write the recipe of every variant as it was checked; the runs add the seed."""
     (folder / "recipes").mkdir(exist_ok=True)
+    files = _recipe_files(plan)
     for setting, config in zip(plan.settings, plan.configs):
         for label, attention in plan.variants.items():
             chosen = {key: value for key, value in attention.items() if key != "layout"}
             backbone = {**config["backbone"], "layout": attention.get("layout")}
             frozen = {**config, "backbone": backbone, "attention": chosen}
-            replace_text(folder / _recipe_file(setting, label), yaml.safe_dump(frozen, sort_keys=False))
+            write_text(folder / files[setting, label], write_yaml(frozen))
 
 
-def _recipe_file(setting: Sequence[str], label: str) -> str:
-    return f"recipes/{_slug(' '.join([*setting, label]))}.yaml"
+def _recipe_files(plan: Plan) -> dict[tuple[tuple[str, ...], str], str]:
+    asked = [(setting, label) for setting in plan.settings for label in plan.variants]
+    names = file_names([" ".join([*setting, label]) for setting, label in asked])
+    return {pair: f"recipes/{name}.yaml" for pair, name in zip(asked, names)}
 
 
 def _is_done(run: Run | None) -> bool:
@@ -176,43 +179,26 @@ def _is_done(run: Run | None) -> bool:
 def _jobs(plan: Plan, keys: Sequence[Key], runs: dict[Key, Run]) -> Iterator[Job]:
     """One job after the other; floors go with the first run of each setting, as they depend on the data alone."""
     asked: set[tuple[str, ...]] = set()
+    files = _recipe_files(plan)
+    settings = dict(zip(plan.settings, file_names([" ".join(setting) for setting in plan.settings])))
+    labels = dict(zip(plan.variants, file_names(list(plan.variants))))
+    own = {setting: config["trainer"]["threads"] for setting, config in zip(plan.settings, plan.configs)}
     for setting, label, seed in keys:
         known = any(run.metrics.get("floors") for run in runs.values() if run.setting == setting)
         failed = any(run.status != "ok" for run in runs.values() if run.setting == setting)
         floors = not known and (setting not in asked or failed)
         asked.add(setting)
         yield Job(
-            recipe=_recipe_file(setting, label),
+            recipe=files[setting, label],
             variant=label,
             seed=seed,
             overrides=(*plan.overrides, *setting, *attention_overrides(label), f"seed={seed}"),
-            run_dir="/".join([*([_slug(" ".join(setting))] if setting else []), _slug(label), f"seed-{seed}"]),
+            run_dir="/".join([*([settings[setting]] if setting else []), labels[label], f"seed-{seed}"]),
             metric=plan.metric,
             setting=setting,
             floors=floors,
-            threads=plan.threads,
+            threads=plan.threads and (own[setting] or plan.threads),
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One comparison per folder; the lock goes with the process, however it ends."""
-    if os.name != "posix":
-        yield  # Windows has no flock; there the user keeps two comparisons apart
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another compare is running in {folder}") from None
-        yield
-
-
-def _slug(text: str) -> str:
-    """A folder name that says what is in it on any system."""
-    return "".join(letter if letter.isalnum() or letter in "=.-_" else "-" for letter in text)
 
 
 def _stamp() -> str:

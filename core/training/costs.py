@@ -207,29 +207,36 @@ def _line(row: Mapping[str, Any], width: int) -> str:
 
 
 def draw_costs(path: Path, result: Mapping[str, Any]) -> Path:
-    """Time and peak memory by tokens, a line per attention; a ring where one starts to be faster than the first."""
+    """Time and peak memory by tokens, a line per attention; a ring where one starts to be faster than the first.
+
+    The legend below says from which size on that is, and how the time grows through the three largest sizes.
+    """
     rows = result["rows"]
     labels = list(dict.fromkeys(row["attention"] for row in rows))
-    with canvas(path, 9.4, 3.9) as figure:
+    columns = 2 if max(map(len, labels)) < 40 else 1
+    with canvas(path, 9.4, 3.9 + 0.2 * -(-len(labels) // columns)) as figure:
         panels = figure.subplots(1, 2)
         for axes, key, title in zip(panels, ("ms", "peak_mb"), ("milliseconds per pass", "peak MB of a pass")):
             for n, label in enumerate(labels):
                 own = [row for row in rows if row["attention"] == label]
-                power = result["growth"].get(label)
+                power, start = result["growth"].get(label), result["faster_from"].get(label)
                 look = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "ms": 4}
-                name = label if power is None else f"{label} (tokens$^{{{power:g}}}$)"
+                name = label if power is None else f"{label}: tokens$^{{{power:g}}}$"
+                name += f", faster from {start} on" if start else ""
                 tokens = [row["tokens"] for row in own]
                 axes.plot(tokens, [row[key] for row in own], ls=LINES[n % len(LINES)], label=name, **look)
-                cross = [row for row in own if row["size"] == result["faster_from"].get(label)]
+                cross = [row for row in own if row["size"] == start]
                 if key == "ms" and cross:
-                    at, text = (cross[0]["tokens"], cross[0]["ms"]), f"{cross[0]['size']}"
-                    axes.plot(*at, "o", ms=11, mfc="none", color=look["color"])
-                    axes.annotate(text, at, (8, -10), textcoords="offset points", fontsize=8, color=look["color"])
+                    axes.plot(cross[0]["tokens"], cross[0]["ms"], "o", ms=11, mfc="none", color=look["color"])
             axes.set(xscale="log", yscale="log", xlabel="tokens of one item (and its size)", title=title)
             ticks = {row["tokens"]: f"{row['tokens']}\n{row['size']}" for row in rows}
             axes.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.minorticks_off()
-        panels[0].legend(fontsize=8, title="ring: faster than the first from here" if len(labels) > 1 else None)
+        title = f"ring: from here on faster than {labels[0]}" if len(labels) > 1 else None
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(
+            handles, names, loc="outside lower left", fontsize=8, title=title, title_fontsize=8, ncols=columns
+        )
     return path

@@ -5,6 +5,8 @@ killed in the middle of an epoch continues with exactly the batch that it would 
 """
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,6 +144,11 @@ class Loader(DataLoader):
             # torch's own Subset has a `__getitems__` too, but it returns a list of items.
             whole = hasattr(dataset, "__getitems__") and not isinstance(dataset, Subset)
             collate = whole_batch if whole else default_collate
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if workers > max(16, 4 * cores):  # each is a process with all of torch in it
+            raise UserError(
+                f"trainer.workers={workers} is too many for {cores} cores: at most {max(16, 4 * cores)} here"
+            )
         generator = torch.Generator()
         super().__init__(dataset, batch_sampler=order, collate_fn=collate, num_workers=workers, generator=generator)
         self.order = order
@@ -155,9 +162,14 @@ class Loader(DataLoader):
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         # Counts what was handed out, not what the workers have fetched ahead.
-        for batch in batches:
-            self._batch += 1
-            yield batch
+        try:
+            for batch in batches:
+                self._batch += 1
+                yield batch
+        except UserError as error:
+            # torch brings an error home from a worker under the worker's traceback; the user's line is the last one.
+            line = str(error).strip().splitlines()[-1]
+            raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from error
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and batches of it that were handed out."""
@@ -166,6 +178,49 @@ class Loader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the last batch that was handed out."""
         self.order.seek(state["epoch"], state["batch"])
+
+
+def check_unchanged(before: dict[str, Any], now: dict[str, Any], folder: Any) -> None:
+    """Refuse to go on with data that is not what the run in `folder` has learned from.
+
+    Args:
+        before, now: `Data.spec` of the checkpoint and of the data as it is today. Keys that only one of them has belong
+            to another version of the app and are left alone; of packed matrices (see `matrices`), which are fitted to
+            the data, the last bits depend on the machine, so only their shapes count.
+
+    Raises:
+        UserError: they differ; the first place is named.
+    """
+    for key in before.keys() & now.keys():
+        place = _difference(before[key], now[key], key)
+        if place is not None:
+            raise UserError(
+                f"{folder} was trained on other data: {place}; bring it back, or train in another --run-dir"
+            )
+
+
+def _difference(a: Any, b: Any, at: str) -> str | None:
+    """Where two plain values differ first, and how."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if "float32" in a and "float32" in b:
+            return _difference(a.get("shape"), b.get("shape"), f"{at}.shape")
+        for key in [*a, *(key for key in b if key not in a)]:
+            found = _difference(a.get(key), b.get(key), f"{at}.{key}")
+            if found is not None:
+                return found
+        return None
+    if isinstance(a, list) and isinstance(b, list):
+        if len(a) != len(b):
+            return f"{at} had {len(a)} entries, now {len(b)}"
+        return next((found for i, (x, y) in enumerate(zip(a, b)) if (found := _difference(x, y, f"{at}.{i}"))), None)
+    if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-12):
+        return None  # sums over the data in another order
+    return None if a == b else f"{at} was {_short(a)}, now it is {_short(b)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def whole_batch(batch: Any) -> Any:

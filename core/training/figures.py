@@ -1,8 +1,11 @@
 """PNG plots of classification and regression on a test set, in one look for all apps."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,6 +16,8 @@ from core.training.plots import COLOURS, FAINT, INK, STYLE
 
 LOOK = {**STYLE, "axes.grid": True, "savefig.transparent": False, "figure.dpi": 110, "legend.handlelength": 1.6}
 """Settings of matplotlib for PNG files; `plots.STYLE` is that of the SVG in reports."""
+SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Noto Sans", "Unifont")
+"""Fonts that are asked, where the machine has them, for letters that matplotlib's own does not hold."""
 MOST_CLASSES = 20
 """Classes in one plot; the figures beside it count all."""
 
@@ -20,20 +25,34 @@ MOST_CLASSES = 20
 @contextmanager
 def canvas(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches in our look; saved to `path` when the block ends without an error."""
-    with mpl.rc_context(LOOK):
+    look: dict[Any, Any] = {**LOOK, "font.family": ["DejaVu Sans", *_more_fonts()]}
+    with mpl.rc_context(look), warnings.catch_warnings():
+        # Names of classes come in any script; a letter that no font here holds is drawn as a box, the tables have it.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
 
-def draw_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Path:
+@cache
+def _more_fonts() -> tuple[str, ...]:
+    from matplotlib.font_manager import fontManager
+
+    there = set(fontManager.get_font_names())
+    return tuple(name for name in SCRIPTS if name in there)
+
+
+def draw_confusion(
+    path: Path, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str], what: str = "examples"
+) -> Path:
     """Counts of true class (rows) against predicted class (columns), shaded by the share of the row.
 
     Args:
         path: PNG to write.
         labels, predicted: [N] int, indices into `names`.
         names: of the classes. Of more than `MOST_CLASSES`, those that occur most are shown.
+        what: is counted, for the title.
     """
     labels, predicted = np.asarray(labels), np.asarray(predicted)
     often = np.argsort(-np.bincount(labels, minlength=len(names)), kind="stable")[:MOST_CLASSES]
@@ -53,7 +72,9 @@ def draw_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, names:
         axes.set_yticks(range(len(chosen)), short)
         axes.grid(visible=False)
         more = f" ({len(chosen)} of {len(names)} classes)" if len(chosen) < len(names) else ""
-        axes.set(xlabel="predicted", ylabel="true", title=f"Confusion, test part{more}")
+        axes.set(
+            xlabel="predicted", ylabel="true", title=f"Confusion, test part{more}: {what}\n(shade: share of the row)"
+        )
     return path
 
 
@@ -79,9 +100,11 @@ def draw_curves(path: Path, probabilities: np.ndarray, labels: np.ndarray, names
             recall.axhline(counts[k] / len(labels), color=colour, lw=0.7, ls=":")
         roc.plot([0, 1], [0, 1], color=INK, lw=0.7, ls=":")
         roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, test part")
-        recall.set(xlabel="recall", ylabel="precision", ylim=(0, 1.03), title="Precision and recall (dotted: share)")
+        title = "Precision and recall (dotted: the class's share)"
+        recall.set(xlabel="recall", ylabel="precision", ylim=(0, 1.03), title=title)
         if drawn:
-            roc.legend(loc="lower right")
+            few = f"{len(drawn)} most frequent of {len(names)}" if len(drawn) < len(names) > 2 else None
+            roc.legend(loc="lower right", title=few)
     return path
 
 
@@ -103,7 +126,12 @@ def draw_calibration(path: Path, probabilities: np.ndarray, labels: np.ndarray) 
         above.plot([0, 1], [0, 1], color=INK, lw=0.7, ls=":")
         points = [(said[bins == b].mean(), right[bins == b].mean()) for b in filled]
         above.plot(*zip(*points), "o-", color=COLOURS[0])
-        above.set(ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1.02), title="Calibration, test part")
+        above.set(
+            ylabel="share of right answers",
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+            title="Calibration, test part (dotted: perfect)",
+        )
         below.bar(edges[:-1] + 0.05, np.bincount(bins, minlength=10), 0.09, color=FAINT, edgecolor=INK, lw=0.6)
         below.set(xlabel="probability of the predicted class", ylabel="examples")
     return path

@@ -25,6 +25,8 @@ def find_file(
     """
     if given is not None:
         path = Path(given).expanduser()
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{key}: {given!r} is a link to {str(path.readlink())!r}, which is not there")
         if not path.exists():
             beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise UserError(f"{key}: there is no file {given!r}{nearest(path.name, beside)}")

@@ -19,7 +19,7 @@ from core.attention.registry import LAYER_OPTIONS
 from core.attention.variants.auto import settle
 from core.training.app import get_app
 from core.training.checkpoint import newest_checkpoint
-from core.training.data import Data, eval_loader
+from core.training.data import Data, check_unchanged, eval_loader
 from core.training.errors import RunFailed, UserError
 from core.training.evaluation import pick_device, run_evaluation
 from core.training.failures import told
@@ -110,11 +110,15 @@ def evaluate(run: str | Path, *, floors: bool = True) -> dict[str, Any]:
     """Test a run again from its checkpoint: metrics, plots and weights are written anew.
 
     Args:
-        run: the folder of a run that has a checkpoint; training need not be finished.
+        run: the folder of a run that has a checkpoint. Where training is not finished, the figures so far are written
+            to metrics-unfinished.json, and `fit` with `resume` still goes on.
         floors: as for `fit`; False keeps those that metrics.json has.
 
     Returns:
         What `metrics.json` holds: {"val", "test", "floors", "cost"}.
+
+    Raises:
+        UserError: no run, no readable checkpoint of its best epoch, or data that it was not trained on.
     """
     started = time.perf_counter()
     if Path(run).is_file():
@@ -125,8 +129,14 @@ def evaluate(run: str | Path, *, floors: bool = True) -> dict[str, Any]:
     with folder.locked(), logging_to(console) as journal, _torch_settings(recipe), stop.watching():
         journal.open(folder.log)
         data = _plain(loaded.app.part("data")(recipe), loaded.app.name)
+        check_unchanged(loaded.spec, data.spec, folder.path)
         session = Session(recipe, loaded.app, device, folder, stop, console, data, loaded.task)
-        return _report(session, newest_checkpoint(folder.checkpoints)[1]["longspan"], floors, started).metrics
+        _, checkpoint, skipped = newest_checkpoint(folder.checkpoints)
+        for line in skipped:
+            log.warning("passed over: %s", line)
+        if not checkpoint["longspan"]["finished"]:
+            log.warning("training is not finished, these figures are those of the best epoch so far")
+        return _report(session, checkpoint["longspan"], floors, started).metrics
 
 
 def _resolved(recipe: str | Path | Recipe, overrides: Sequence[str]) -> Recipe:
@@ -180,25 +190,31 @@ def _run_dir(recipe: Recipe, given: str | Path | None) -> Path:
 
 
 def _report(session: Session, record: dict[str, Any], floors: bool, started: float) -> RunResult:
-    """Test the best epoch, write metrics.json and the weights."""
+    """Test the best epoch, write metrics.json (metrics-unfinished.json while training is not over) and the weights."""
     recipe, data, folder, task = session.recipe, session.data, session.folder, session.task
-    restore_weights(task, run_checkpoint(folder.path)[2])
+    checkpoint = run_checkpoint(folder.path)[2]
+    restore_weights(task, checkpoint)
     export(folder, recipe, task)
     task.to(session.device)
     metrics: dict[str, Any] = {"val": {}, "test": {}, "floors": {}, "cost": {}}
-    best = record["best"] or {}
-    metrics["val"] = {key.removeprefix("val_"): value for key, value in best.items() if key.startswith("val_")}
-    files = [folder.metrics, folder.weights, folder.config]
+    # The last row of the checkpoint whose weights are tested: val and test speak of the same epoch.
+    row = (checkpoint["longspan"]["rows"] or [{}])[-1]
+    metrics["val"] = {key.removeprefix("val_"): value for key, value in row.items() if key.startswith("val_")}
+    target = folder.metrics if record["finished"] else folder.unfinished
+    files = [target, folder.weights, folder.config]
     if data.test is not None:
         loader = eval_loader(data, "test", batch_size=recipe.trainer.batch_size, workers=recipe.trainer.workers)
         metrics["test"] = run_evaluation(task, loader, "test", session.stop)
         files += task.artifacts(folder.path)
         if floors:
             metrics["floors"] = _finite_floors(session)
-        elif folder.metrics.is_file():
-            metrics["floors"] = json.loads(folder.metrics.read_text())["floors"]
+        elif target.is_file():
+            metrics["floors"] = json.loads(target.read_text())["floors"]
     metrics["cost"] = task.cost() | _measured(record)
-    write_json(folder.metrics, metrics)
+    write_json(target, metrics)
+    if record["finished"]:
+        folder.unfinished.unlink(missing_ok=True)
+        folder.failure.unlink(missing_ok=True)
     shown = "  ".join(f"{name} {value:.5g}" for name, value in metrics["test"].items())
     log.info("test  %s", shown or "(no test part)")
     seconds = round(time.perf_counter() - started, 2)

@@ -83,10 +83,11 @@ class Keeper(Checkpoint):
         if self.resumed is not None:
             if task.average is not None:
                 task.average.load_state_dict(self.resumed["average"])
-            sums = self.resumed["sums"]
+            sums: dict[str, Any] = self.resumed["sums"]
             task.loss_sum = None if sums["loss"] is None else sums["loss"].to(task.device)
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]
+            task.extra_counts = sums.get("counts") or dict.fromkeys(task.extra_sums, task.batches)
             set_random_state(self.resumed["random"])
             self.resumed = None
         self.stop.install()
@@ -165,7 +166,12 @@ class Keeper(Checkpoint):
             "seconds": self.meter.seconds,
             "random": self.random,
             "average": None if task.average is None else task.average.state_dict(),
-            "sums": {"loss": task.loss_sum, "extras": task.extra_sums, "batches": task.batches},
+            "sums": {
+                "loss": task.loss_sum,
+                "extras": task.extra_sums,
+                "counts": task.extra_counts,
+                "batches": task.batches,
+            },
         }
 
     # -- the end of an epoch ---------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ class Keeper(Checkpoint):
         self.stage = "epoch"
         self._save(trainer, best=improved)
         if trainer.is_global_zero:
-            self.folder.add_row(row, first=len(self.rows) == 1)
+            self.folder.add_row(self.rows)
         log.info("%s", _epoch_line(row, self.recipe.trainer.epochs, best=improved))
         if self.finished:
             trainer.should_stop = True

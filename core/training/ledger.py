@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from core.training.durable import write_text
 from core.training.errors import UserError
 from core.training.statistics import Better
 
@@ -82,6 +83,7 @@ class Run:
         seconds: wall time of the process.
         run_dir: relative to the compare folder.
         setting: the point of the grid.
+        data: the same for runs whose data.json says the same; None where it is not known.
     """
 
     variant: str
@@ -94,6 +96,7 @@ class Run:
     seconds: float
     run_dir: str
     setting: tuple[str, ...] = ()
+    data: str | None = None
 
     @property
     def key(self) -> Key:
@@ -101,9 +104,24 @@ class Run:
         return (self.setting, self.variant, self.seed)
 
 
+def file_names(texts: Sequence[str]) -> list[str]:
+    """Names for files and folders that say what is in them on any system; no two texts share one.
+
+    The first of several that would gets the plain name, so names stay as they are when texts are added at the end.
+    """
+    taken: dict[str, str] = {}
+    for text in dict.fromkeys(texts):
+        plain = "".join(letter if letter.isalnum() or letter in "=.-_" else "-" for letter in text)
+        name, number = plain, 2
+        while name.lower() in {other.lower() for other in taken.values()}:  # some file systems do not tell A from a
+            name, number = f"{plain}-{number}", number + 1
+        taken[text] = name
+    return [taken[text] for text in texts]
+
+
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write the plan; a crash leaves the old one or the new one, never half of it."""
-    replace_text(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
+    write_text(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -171,19 +189,6 @@ def read_curve(path: Path, column: str) -> list[tuple[float, float]]:
         rows = [(row.get("step"), row.get(column)) for row in csv.DictReader(file)]
     points = [(float(step), float(value)) for step, value in rows if step and value]
     return [(step, value) for step, value in points if math.isfinite(value)]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it over the old one, so that no reader sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from itertools import product
@@ -21,10 +22,12 @@ import yaml
 from core.attention.registry import available, entry, nearest
 from core.layout import PRESETS
 from core.training.app import get_app
+from core.training.differences import differing, flat
 from core.training.errors import UserError
 from core.training.ledger import Plan
 from core.training.recipe import Recipe, load_recipe
 from core.training.workers import places
+from core.training.yaml_values import parse_list, write_yaml
 
 OWN = "recipe"  # the label for the attention that the recipe itself names, such as a layout of several variants
 
@@ -78,7 +81,9 @@ def make_plan(
     if len(judges) > 1:
         told = " and ".join(f"{metric} ({' '.join(setting)})" for (metric, _), setting in judges.items())
         raise UserError(f"the settings are judged by different metrics, {told}; compare them one at a time")
-    return Plan(
+    # Side by side each run gets its share of the cores, unless the user has said how many.
+    own = configs[0]["trainer"]["threads"]
+    plan = Plan(
         recipe=str(recipe_ref),
         app=app.name,
         metric=app.metric,
@@ -89,11 +94,11 @@ def make_plan(
         baseline=baseline,
         overrides=tuple(overrides),
         jobs=jobs,
-        threads=places(jobs, _cores()),
-        command=_command(recipe_ref, labels, seeds, jobs, overrides, baseline, grid),
+        threads=own if own is not None and jobs > 1 else places(jobs, _cores()),
         configs=tuple(configs),
         environment=_environment(),
     )
+    return replace(plan, command=command_of(plan))
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -145,22 +150,29 @@ def attention_overrides(label: str) -> list[str]:
 
 def _settings(grid: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Every point of the grid as a tuple of overrides; one empty tuple where there is no grid."""
-    axes = []
+    axes: dict[str, list[str]] = {}
     for axis in grid:
         key, equals, text = axis.partition("=")
+        key = key.strip()
         try:
-            values = yaml.safe_load(f"[{text}]") if equals and key.strip() else []
+            values = parse_list(text) if equals and key else []
         except yaml.YAMLError:
             values = []
         if not values:
             raise UserError(f"grid {axis!r} must have the form key=value,value")
-        axes.append([f"{key.strip()}={flow(value)}" for value in values])
-    return tuple(product(*axes))
+        if key in axes:
+            raise UserError(f"grid {axis!r}: {key} is there twice; give all its values at once, as in key=value,value")
+        for i, (written, value) in enumerate(values):
+            for before, other in values[:i]:
+                if value == other and isinstance(value, bool) == isinstance(other, bool):
+                    raise UserError(f"grid {axis!r}: {before} and {written} are the same value")
+        axes[key] = [f"{key}={written}" for written, _ in values]
+    return tuple(product(*axes.values()))
 
 
 def flow(value: Any) -> str:
     """A value as one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return write_yaml(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
 
 
 def _same_but_attention(recipes: dict[str, Recipe]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -191,34 +203,22 @@ def complete(attention: dict[str, Any]) -> dict[str, Any]:
     return {"variant": attention["variant"], **entry(attention["variant"]).options, **attention}
 
 
-def differing(a: dict[str, Any], b: dict[str, Any], *, harmless: set[str] | None = None) -> list[str]:
-    """Dotted keys in which two sections differ, but for the harmless ones."""
-    left, right = flat(a), flat(b)
-    return [key for key in left | right if left.get(key) != right.get(key) and key not in (harmless or set())]
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested section by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-def _command(
-    recipe_ref: str | Path,
-    labels: Sequence[str],
-    seeds: int | Sequence[int],
-    jobs: int,
-    overrides: Sequence[str],
-    baseline: str,
-    grid: Sequence[str],
-) -> str:
-    words = ["longspan", "compare", str(recipe_ref), *overrides, "--variants", ",".join(labels)]
-    words += ["--seeds", str(seeds) if isinstance(seeds, int) else ",".join(map(str, seeds)), "--baseline", baseline]
-    for axis in grid:
-        words += ["--grid", axis]
-    return shlex.join([*words, "--jobs", str(jobs)])
+def command_of(plan: Plan) -> str:
+    """The command that asks for all of a plan."""
+    words = ["longspan", "compare", plan.recipe, *plan.overrides, "--variants", ",".join(plan.variants)]
+    count = len(plan.seeds)
+    seeds = str(count) if plan.seeds == tuple(range(count)) else ",".join(map(str, plan.seeds))
+    seeds += "," if count == 1 and plan.seeds != (0,) else ""  # "3" would be three seeds
+    words += ["--seeds", seeds, "--baseline", plan.baseline]
+    axes: dict[str, list[str]] = {}
+    for setting in plan.settings:
+        for word in setting:
+            key, _, value = word.partition("=")
+            if value not in axes.setdefault(key, []):
+                axes[key].append(value)
+    for key, values in axes.items():
+        words += ["--grid", f"{key}={','.join(values)}"]
+    return shlex.join([*words, "--jobs", str(plan.jobs)])
 
 
 def _cores() -> int:

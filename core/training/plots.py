@@ -259,7 +259,9 @@ def _legend(figure: Figure, plan: Plan, labels: Sequence[str], *, lines: bool) -
         look = _look(plan, label)
         style = {"ls": look["ls"], "lw": 1.8} if lines else {"ls": "", "marker": look["marker"], "markersize": 7}
         handles.append(Line2D([], [], color=look["color"], label=label, **style))
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(labels), 6), columnspacing=1.6)
+    # A column is as wide as its longest name: 0.08 inches a letter of this size, and the sign beside it.
+    fit = int(WIDTH / (0.62 + 0.08 * max((len(label) for label in labels), default=0)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(len(labels), 6, fit)), columnspacing=1.6)
 
 
 def _metric(plan: Plan, part: str) -> str:

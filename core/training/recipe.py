@@ -5,6 +5,7 @@ the nearest spelling. No torch here.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
-from core.attention.registry import available, entry, nearest
+from core.attention.registry import LAYER_OPTIONS, available, entry, nearest
 from core.layout import expand_layout, spell_out
 from core.training.app import App, apps, get_app
 from core.training.errors import UserError
 from core.training.recipe_files import find_recipe, recipes
 from core.training.sections import AttentionSection, BackboneSection, OptimSection, Section, TrainerSection
-from core.training.yaml_values import parse_yaml, read_yaml
+from core.training.yaml_values import parse_yaml, read_yaml, write_yaml
 
 __all__ = [
     "AttentionSection",
@@ -117,7 +118,9 @@ def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, sourc
         _put(values, override, _value(override, text), schema)
     try:
         # By way of JSON: strict there means no "64" for 64, while paths, dates and tuples are written as YAML has them.
-        recipe = schema.model_validate_json(json.dumps(values), strict=True)
+        text = json.dumps(values)
+        values = json.loads(text)  # its keys are words, as those in pydantic's errors are
+        recipe = schema.model_validate_json(text, strict=True)
     except TypeError as error:
         raise UserError(f"{source}: only plain YAML values can stand in a recipe ({error})") from error
     except ValidationError as error:
@@ -129,10 +132,9 @@ def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), *, sourc
 
 def recipe_class(app: Any, source: str) -> type[Recipe]:
     """The schema of the app called `app`."""
-    if app not in apps():
-        raise UserError(
-            f"{source}: app: unknown app {app!r}{nearest(app, apps())}; known: {', '.join(apps()) or 'none'}"
-        )
+    if not isinstance(app, str) or app not in apps():
+        near = nearest(str(app), apps())
+        raise UserError(f"{source}: app: unknown app {app!r}{near}; known: {', '.join(apps()) or 'none'}")
     found = get_app(app).part("recipe")
     if not (isinstance(found, type) and issubclass(found, Recipe)):
         raise UserError(f"app {app!r}: {get_app(app).recipe} must be a subclass of core.training.recipe.Recipe")
@@ -141,7 +143,7 @@ def recipe_class(app: Any, source: str) -> type[Recipe]:
 
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load_recipe` reads it back to the same values."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(recipe.model_dump(mode="json"), allow_unicode=True, width=120)
 
 
 def schema(app: str | App) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def _switch(old: Any, new: Any) -> Any:
     """`attention=name`: the new variant with those of the old options that it has too."""
     if not isinstance(new, str) or new not in available() or not isinstance(old, dict) or "variant" not in old:
         return new
-    return {"variant": new, **{k: v for k, v in old.items() if k in entry(new).options}}
+    return {"variant": new, **{k: v for k, v in old.items() if k in {**entry(new).options, **LAYER_OPTIONS}}}
 
 
 def _line(problem: Any, schema: type[BaseModel], values: dict[str, Any], source: str, given: dict[str, str]) -> str:
@@ -205,7 +207,12 @@ def _line(problem: Any, schema: type[BaseModel], values: dict[str, Any], source:
         keys.append(str(part))
     key = ".".join(keys)
     related = [o for o in given if key and (f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}."))]
-    where = f"override {given[related[-1]]!r}" if related else source
+    if isinstance(inner, dict):  # a whole section: the overrides that the text names are to blame, else all inside it
+        words = re.findall(r"\w+", problem["msg"])
+        related = [o for o in related if o.rpartition(".")[2] in words] or related
+    else:
+        related = related[-1:]
+    where = f"override {' '.join(given[o] for o in related)!r}" if related else source
     if not key and given:
         where = f"{source} with {' '.join(given.values())}"
     if problem["type"] == "extra_forbidden":
@@ -214,9 +221,15 @@ def _line(problem: Any, schema: type[BaseModel], values: dict[str, Any], source:
     if problem["type"] == "missing":
         return f"{where}: {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if problem["type"] in ("too_short", "too_long"):  # "List should have at least 1 item after validation, not 0"
+        message = message.partition(" should ")[2].replace(" after validation", "")
+        return f"{where}: {key} must {message}"
     if problem["type"] == "value_error":
         return f"{where}: {key}: {message}" if key else f"{where}: {message}"
-    return f"{where}: {key} must be {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+    near = ""
+    if problem["type"] == "literal_error":
+        near = nearest(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
+    return f"{where}: {key} must be {message[:1].lower()}{message[1:]}, got {problem['input']!r}{near}"
 
 
 def _fields(schema: type[BaseModel], keys: Iterable[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from markupsafe import Markup
 
 from core.training import tables, units
 from core.training.answer import overall
+from core.training.app import Sheet, apps
+from core.training.durable import write_text
 from core.training.errors import UserError
-from core.training.ledger import PLAN, read_plan, read_runs, replace_text
+from core.training.ledger import PLAN, file_names, read_plan, read_runs
 from core.training.plots import colour, plots
-from core.training.summary import Compared, Summary, summarize
+from core.training.summary import Compared, Summary, Table, summarize
 
 SIGNS = {"better": "▲", "worse": "▼", "not separable": "≈"}
 NOT_SHOWN = {"recipe", "command"}  # of a run's environment.json: the page has its own, and a run's carries local paths
@@ -60,7 +63,7 @@ def write_report(folder: Path, summary: Summary) -> list[Path]:
             (folder / "plots").mkdir(exist_ok=True)
             written[_plot_file(summary, i, name)] = svg
     for name, text in written.items():
-        replace_text(folder / name, text)
+        write_text(folder / name, text)
     return [folder / name for name in written]
 
 
@@ -91,9 +94,13 @@ def _render(template: str, summary: Summary, drawn: list[dict[str, str]], folder
         cells=tables,
         drawn=[{name: Markup(_inline(svg, name)) for name, svg in by_name.items()} for by_name in drawn],
         plot_file=lambda i, name: _plot_file(summary, i, name),
+        sheet=_sheet(summary),
+        pictures=[_pictures(summary, table, folder) for table in summary.tables],
+        embedded=_embedded,
         answer=overall(plan, summary.tables),
         question=_question(summary),
         environment=_environment(summary, folder),
+        folder=folder,
         verdict=_marked if html else tables.words,
         colour=lambda label: colour(plan, label),
         row=lambda table, label: next(row for row in table.rows if row.variant == label),
@@ -112,6 +119,27 @@ def _question(summary: Summary) -> str:
         f"{len(plan.variants)} variants × {seeds}{grid}, judged by {measured} {plan.metric} ({plan.better} is better). "
         "Same recipe, data order and budget; only the attention differs."
     )
+
+
+def _sheet(summary: Summary) -> Sheet | None:
+    """What the app's runs leave to be seen side by side; the app need not be installed where a report is written."""
+    app = apps().get(summary.plan.app)
+    return app.sheet if app is not None else None
+
+
+def _pictures(summary: Summary, table: Table, folder: Path) -> list[tuple[str, int, Path]]:
+    """(variant, seed, picture) of the first seed of every variant that left one; the path is below the folder."""
+    sheet, found = _sheet(summary), {}
+    for run in sorted(summary.runs, key=lambda run: summary.plan.seeds.index(run.seed)):
+        path = Path(run.run_dir) / (sheet.file if sheet else "")
+        if run.setting == table.setting and run.status == "ok" and (folder / path).is_file():
+            found.setdefault(run.variant, (run.variant, run.seed, path))
+    return [found[label] for label in summary.plan.variants if label in found]
+
+
+def _embedded(path: Path) -> Markup:
+    """A picture as an address that holds all of it, so that the page needs no other file."""
+    return Markup("data:image/png;base64," + b64encode(path.read_bytes()).decode())
 
 
 def _environment(summary: Summary, folder: Path) -> dict[str, str]:
@@ -137,7 +165,7 @@ def _marked(compared: Compared | None) -> Markup:
 
 
 def _plot_file(summary: Summary, index: int, name: str) -> str:
-    setting = re.sub(r"[^\w.=-]+", "_", " ".join(summary.tables[index].setting))
+    setting = file_names([" ".join(table.setting) for table in summary.tables])[index]
     return f"plots/{setting}-{name}.svg" if setting else f"plots/{name}.svg"
 
 

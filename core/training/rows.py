@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def decoding(path: Path, lines: Iterable[str]) -> Iterator[str]:
             yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: after line {number}: not UTF-8 text; save it as UTF-8") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: after line {number}: not a whole gzip file ({error})") from error
 
 

@@ -5,6 +5,7 @@ metrics.json      {"val", "test", "floors", "cost"}, written last: a run that ha
 metrics.csv       a row per epoch               model.safetensors, config.json   weights for use in Python
 environment.json  versions, machine, command    data.json                        what the data part reported
 log.txt           what happened                 failure.json                     why a run ended early
+metrics-unfinished.json   as metrics.json, from `longspan test` of a run whose training is not over
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -27,7 +28,9 @@ from torch import nn
 
 from core.attention.measurement import processor
 from core.training.app import App, get_app
-from core.training.checkpoint import newest_checkpoint, read_checkpoint, write_atomically
+from core.training.checkpoint import UnreadableCheckpoint, newest_checkpoint, read_checkpoint
+from core.training.differences import differing, flat, harmless
+from core.training.durable import locked, temporary_name, write_atomically, write_text
 from core.training.errors import UserError
 from core.training.recipe import Recipe, build_recipe, dump
 from core.training.task import Task
@@ -64,6 +67,7 @@ class RunFolder:
         self.path = path
         self.recipe, self.log = path / "recipe.yaml", path / "log.txt"
         self.metrics, self.rows = path / "metrics.json", path / "metrics.csv"
+        self.unfinished = path / "metrics-unfinished.json"
         self.environment, self.data, self.failure = path / "environment.json", path / "data.json", path / "failure.json"
         self.weights, self.config = path / "model.safetensors", path / "config.json"
         self.checkpoints = path / "checkpoints"
@@ -92,23 +96,26 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot make the run folder {self.path}: {error.strerror}") from error
         with self.locked():
-            if not self.recipe.is_file():
+            fresh = not self.recipe.is_file()
+            if fresh:
                 write_text(self.recipe, dump(recipe))
             self.failure.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            except UserError:
+                # A mistake that only training could find, such as weights that do not fit: the name stays free.
+                if fresh and not any(self.checkpoints.iterdir()):
+                    self.recipe.unlink(missing_ok=True)
+                raise
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process per folder; the lock goes with the process, however it ends."""
-        with (self.path / ".lock").open("w") as file:
-            if not _lock(file):
-                raise UserError(f"another process is training in {self.path}")
-            yield
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """One process per folder."""
+        return locked(self.path, f"another process is training in {self.path}")
 
     def _same_recipe(self, recipe: Recipe) -> None:
-        there = _flat(build_recipe(read_yaml(self.recipe), source=str(self.recipe)).model_dump(mode="json"))
-        here = _flat(recipe.model_dump(mode="json"))
-        changed = [key for key in here | there if here.get(key) != there.get(key) and not _harmless(key)]
+        there = flat(build_recipe(read_yaml(self.recipe), source=str(self.recipe)).model_dump(mode="json"))
+        here = flat(recipe.model_dump(mode="json"))
+        changed = [key for key in differing(there, here) if not harmless(key)]
         if changed:
             key = changed[0]
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -123,28 +130,27 @@ class RunFolder:
             self.rows.unlink(missing_ok=True)
             return
 
+        columns = _columns(rows)
+
         def write(file: Any) -> None:
-            file.write(_csv_line(list(rows[0])) + b"".join(_csv_line(list(row.values())) for row in rows))
+            file.write(_csv_line(columns) + b"".join(_csv_line([row.get(c, "") for c in columns]) for row in rows))
 
         write_atomically(self.rows, write)
 
-    def add_row(self, row: dict[str, Any], *, first: bool) -> None:
-        """One epoch more in metrics.csv."""
-        with self.rows.open("wb" if first else "ab") as file:
-            file.write((_csv_line(list(row)) if first else b"") + _csv_line(list(row.values())))
+    def add_row(self, rows: list[dict[str, Any]]) -> None:
+        """The last of the rows is new: one line more in metrics.csv, or all anew where it has columns of its own."""
+        *before, row = rows
+        columns = _columns(before)
+        if not before or not row.keys() <= set(columns):
+            self.write_rows(rows)
+            return
+        with self.rows.open("ab") as file:
+            file.write(_csv_line([row.get(column, "") for column in columns]))
 
 
-def _harmless(key: str) -> bool:
-    """Whether a key changes nothing that is learned, only how fast, where it is seen, or what `predict` does later."""
-    unlearned = {f"trainer.{name}" for name in ("threads", "workers", "log_every", "checkpoint_every")}
-    return key in unlearned or key.startswith("predict")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Columns of metrics.csv: those of any row, as a task may report other figures in a later epoch."""
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _csv_line(values: list[Any]) -> bytes:
@@ -155,26 +161,9 @@ def _csv_line(values: list[Any]) -> bytes:
     return text.getvalue().encode()
 
 
-def _lock(file: IO[str]) -> bool:
-    if os.name != "posix":
-        return True  # Windows has no flock; there the user keeps two runs apart
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def local_rank() -> int:
     """Number of this process in its group on this machine; 0 when it is alone."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -245,10 +234,12 @@ def restore_weights(task: Task, checkpoint: dict[str, Any]) -> None:
 
 
 def run_checkpoint(run: str | Path) -> tuple[Path, Path, dict[str, Any]]:
-    """Folder, checkpoint file and content for a run folder (its best, else newest checkpoint) or a .ckpt file.
+    """Folder, checkpoint file and content for a run folder (its best epoch) or a .ckpt file.
+
+    A run that was stopped in its first epoch has no best one yet: then it is the newest checkpoint.
 
     Raises:
-        UserError: neither; or nothing in it can be read.
+        UserError: neither; or the best epoch's checkpoint is damaged or gone, for another epoch is another result.
     """
     path = Path(run)
     if "://" in str(run) or path.is_file() or path.suffix == ".ckpt":
@@ -256,12 +247,20 @@ def run_checkpoint(run: str | Path) -> tuple[Path, Path, dict[str, Any]]:
     if not path.is_dir():
         raise UserError(f"there is no run folder or checkpoint {str(run)!r}")
     folder = RunFolder(path)
+    lost = ""
     if folder.best.is_file():
-        with contextlib.suppress(UserError):
+        try:
             return path, folder.best, read_checkpoint(folder.best)
+        except UnreadableCheckpoint as error:
+            lost = str(error)
     found, checkpoint, _ = newest_checkpoint(folder.checkpoints)
     if found is None:
         raise UserError(f"{path} holds no checkpoint; is it the folder of a run?")
+    if lost or checkpoint["longspan"]["best"] is not None:
+        raise UserError(
+            f"{path}: the checkpoint of the best epoch cannot be used ({lost or f'there is no {folder.best.name}'}); "
+            f"bring it back, or to take another epoch on purpose copy {found.name} to {folder.best}"
+        )
     return path, found, checkpoint
 
 
@@ -292,7 +291,7 @@ def export(folder: RunFolder, recipe: Recipe, task: Task) -> None:
     """model.safetensors and config.json: all that `load_model` needs."""
     config = {"format": 1, "source": recipe.source, "recipe": recipe.model_dump(mode="json"), "spec": task.spec}
     write_json(folder.config, config)
-    temporary = folder.weights.with_name(f".{folder.weights.name}.tmp")
+    temporary = temporary_name(folder.weights)
     safetensors.torch.save_model(task.model, str(temporary))
     os.replace(temporary, folder.weights)
 

@@ -90,7 +90,8 @@ def regression(predicted: np.ndarray, target: np.ndarray, *, intervals: bool = F
         intervals: also `<name>_low` and `<name>_high` for each figure.
 
     Returns:
-        spearman, pearson (0 where one side is constant), r2 (against the mean of these targets), mse, mae.
+        spearman, pearson (0 where a side is constant), r2 (against the mean of these targets; 0 where they are
+        constant), mse, mae.
     """
     predicted, target = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if predicted.shape != target.shape or predicted.ndim != 1 or not len(target):
@@ -161,17 +162,23 @@ def _multilabel(predicted: np.ndarray, labels: np.ndarray) -> Scores:
 
 def _regression(predicted: np.ndarray, target: np.ndarray) -> Scores:
     error, spread = predicted - target, target - target.mean()
-    squares = float(spread @ spread)
     return {
         "spearman": _correlation(_ranks(predicted), _ranks(target)),
         "pearson": _correlation(predicted, target),
-        "r2": 1 - float(error @ error) / squares if squares > 0 else 0.0,
+        "r2": 0.0 if _constant(target) else 1 - float(error @ error) / float(spread @ spread),
         "mse": float(np.mean(error**2)),
         "mae": float(np.mean(np.abs(error))),
     }
 
 
+def _constant(values: np.ndarray) -> bool:
+    """Whether values differ by rounding alone; their mean may miss them by a digit, so squares tell nothing then."""
+    return float(np.ptp(values)) <= 8 * np.finfo(np.float64).eps * float(np.abs(values).max())
+
+
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if _constant(a) or _constant(b):
+        return 0.0
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt(a @ a) * np.sqrt(b @ b))
     return float(a @ b) / scale if scale > 0 else 0.0

@@ -106,8 +106,8 @@ class BackboneSection(Section):
     """What follows attention: a plain MLP, or one whose gate also looks at the neighbours (a convolution)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of activations dropped in training."""
-    positions: str | None = None
-    """How positions are told apart (sinusoidal, learned, rope, alibi); null: not at all, or by the app."""
+    positions: Literal["sinusoidal", "learned", "rope", "rope2d", "alibi"] | None = None
+    """How positions are told apart (rope2d: those of images, by row and column); null: not at all, or by the app."""
     qk_norm: bool = False
     """Normalise queries and keys per head."""
     checkpoint: bool = False
@@ -177,9 +177,9 @@ class TrainerSection(Section):
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     log_every: int = Field(default=50, ge=1)
-    """Steps between two lines of the log when there is no progress bar."""
+    """Batches between two lines of the log when there is no progress bar."""
     checkpoint_every: int = Field(default=0, ge=0)
-    """Steps between two checkpoints inside an epoch; 0: at the end of each epoch."""
+    """Optimiser steps between two checkpoints inside an epoch; 0: at the end of each epoch."""
 
 
 def _words(numbers: list[int]) -> str:

@@ -83,9 +83,9 @@ class Table:
         rows: in the order of the plan.
         floors: metrics by floor, on the same part.
         optimum: the value of the primary metric that nobody can beat, where it is known.
-        floors_agree: whether all runs report the same floors, as runs on the same data must.
+        data_agree: whether runs with the same seed tell the same of their data, and all report the same floors.
         best_floor: (name, value) of the best one by the primary metric.
-        best: label of the variant with the best mean among those that finished the most seeds.
+        best: label of the variant that comes out first among those with the fewest failed runs.
         decimals: of the primary metric, so that columns align.
         headline: the answer in a sentence or two.
         warnings: what a reader must know before believing the table.
@@ -96,7 +96,7 @@ class Table:
     rows: list[Row]
     floors: dict[str, dict[str, float]]
     optimum: float | None
-    floors_agree: bool
+    data_agree: bool
     best_floor: tuple[str, float] | None
     best: str | None
     decimals: int
@@ -141,7 +141,7 @@ def _table(plan: Plan, setting: tuple[str, ...], runs: Mapping[Key, Run]) -> Tab
         part=part,
         rows=rows,
         floors=floors,
-        floors_agree=all(other == floors for other in reported),
+        data_agree=all(other == floors for other in reported) and _same_data(ok),
         optimum=values.get(OPTIMUM),
         best_floor=(best[1], best[0]) if best else None,
         best=_best(plan, rows),
@@ -172,12 +172,33 @@ def _row(plan: Plan, setting: tuple[str, ...], label: str, part: str, runs: Mapp
     )
 
 
+def _same_data(runs: Sequence[Run]) -> bool:
+    """Within each seed: what a run tells of its data may depend on the seed, such as the padding of its batches."""
+    told: dict[int, set[str]] = {}
+    for run in runs:
+        if run.data is not None:
+            told.setdefault(run.seed, set()).add(run.data)
+    return all(len(found) == 1 for found in told.values())
+
+
 def _best(plan: Plan, rows: Sequence[Row]) -> str | None:
-    """A variant that fails now and then is no answer, so only those with the most finished seeds are candidates."""
-    most = max((len(row.values) for row in rows), default=0)
-    candidates = [(row.metric.mean, row.variant) for row in rows if row.metric and len(row.values) == most]
-    chosen = (min if plan.better == "lower" else max)(candidates, default=None)
-    return chosen[1] if chosen else None
+    """The variant that comes out first among those that fail least: one that fails now and then is no answer.
+
+    Runs that are still to come are no failures. Where seeds are missing, variants are ranked by their differences
+    within seeds, as a mean over other seeds is another yardstick.
+    """
+    finished = [row for row in rows if row.metric]
+    if not finished:
+        return None
+    most = max(len(row.values) for row in finished)
+    # One seed decides nothing where others have several.
+    tried = [row for row in finished if len(row.values) >= min(2, most)]
+    candidates = [row for row in tried if len(row.failed) == min(len(one.failed) for one in tried)]
+    fullest = [row for row in candidates if len(row.values) == max(len(one.values) for one in candidates)]
+    reference = next((row for row in fullest if row.variant == plan.baseline), fullest[0])
+    apart = {row.variant: paired_difference(row.values, reference.values).mean for row in candidates}
+    ranked = [(mean, label) for label, mean in apart.items() if mean is not None]
+    return (min if plan.better == "lower" else max)(ranked)[1]
 
 
 def _compare_rows(plan: Plan, table: Table) -> None:

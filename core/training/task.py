@@ -36,12 +36,22 @@ class Task(pl.LightningModule):
         self.average: WeightAverage | None = None
         self.loss_sum: Tensor | None = None  # over the batches of this epoch; stays on the device, read once
         self.extra_sums: dict[str, Tensor] = {}
+        self.extra_counts: dict[str, int] = {}  # batches that reported the extra: not all need to
         self.batches = 0
         self._last_loss = torch.tensor(0.0)
         self._last_norm = math.nan
         self._unread: tuple[Tensor, Tensor, int, int] | None = None
 
     # -- what an app implements ------------------------------------------------------------------------------------
+
+    def bring_weights(self) -> None:
+        """Bring in the weights that the recipe starts from, if any; called once, before a new run trains.
+
+        A run that is resumed or loaded has all its weights in its checkpoint, so their source may be gone by then.
+
+        Raises:
+            UserError: they are not there or do not fit.
+        """
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss of a batch (a mean, scalar) and further scalars worth a column in metrics.csv."""
@@ -73,6 +83,7 @@ class Task(pl.LightningModule):
         for name, extra in extras.items():
             extra = extra.detach()
             self.extra_sums[name] = self.extra_sums[name].add_(extra) if name in self.extra_sums else extra.clone()
+            self.extra_counts[name] = self.extra_counts.get(name, 0) + 1
         self.batches += 1
         self._last_loss = value
         if not value.is_cuda:
@@ -141,11 +152,10 @@ class Task(pl.LightningModule):
             self.average.update()
 
     def read_sums(self) -> dict[str, float]:
-        """Mean training loss and extras over the batches since the last call."""
-        count = max(1, self.batches)
-        means = {name: float(total) / count for name, total in self.extra_sums.items()}
-        loss = float(self.loss_sum) / count if self.loss_sum is not None else math.nan
-        self.loss_sum, self.extra_sums, self.batches = None, {}, 0
+        """Mean training loss, and each extra's mean over the batches that reported it, since the last call."""
+        means = {name: float(total) / self.extra_counts[name] for name, total in self.extra_sums.items()}
+        loss = float(self.loss_sum) / self.batches if self.loss_sum is not None else math.nan
+        self.loss_sum, self.extra_sums, self.extra_counts, self.batches = None, {}, {}, 0
         return {"loss": loss, **means}
 
     @contextmanager

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from core.training.app import App
 from core.training.callbacks import Display, Meter
-from core.training.checkpoint import AtomicCheckpointIO, newest_checkpoint, remove_leftovers
-from core.training.data import Data, eval_loader, train_loader
+from core.training.checkpoint import AtomicCheckpointIO, newest_checkpoint
+from core.training.data import Data, check_unchanged, eval_loader, train_loader
+from core.training.durable import remove_leftovers
 from core.training.errors import UserError
 from core.training.evaluation import run_evaluation
 from core.training.interrupt import Stop
@@ -62,17 +63,21 @@ class Training:
         steps = -(-len(self.loader) // settings.accumulate) * settings.epochs
         task.total_steps = min(steps, settings.max_steps or steps)
         self.cost = task.cost()
+        if not any(session.folder.checkpoints.glob("*.ckpt")):
+            task.bring_weights()
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or on from the newest checkpoint; returns the record of the last checkpoint."""
         session, settings = self.session, self.session.recipe.trainer
         source, checkpoint = _continue_from(session.folder)
         record = checkpoint.get("longspan")
+        if record is not None:
+            check_unchanged(record["spec"], session.data.spec, session.folder.path)
         if record is not None and record["finished"]:
             return record
         # Every rank reads as much as this one, so the group's tokens are this rank's times the devices.
         tokens = self.cost["tokens_per_item"] * settings.devices
-        meter = Meter(self.loader.order.items, settings.batch_size, tokens)
+        meter = Meter(self.loader.order.items, settings.batch_size, tokens, settings.accumulate)
         validate = self._validate if self.val_loader is not None else None
         keeper = Keeper(session, self.loader, validate, meter, record)
         if record is not None:

@@ -5,6 +5,7 @@ A run is its own process so that nothing of one run (caches, random state, memor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -173,7 +174,22 @@ def outcome(worker: Worker, folder: Path) -> Run:
         seconds=round(time.monotonic() - worker.started, 3),
         run_dir=job.run_dir,
         setting=job.setting,
+        data=_fingerprint(_json(run_dir / "data.json")),
     )
+
+
+def _fingerprint(summary: dict[str, Any]) -> str | None:
+    """A short text that is the same for runs that read the same data; None where a run said nothing of it."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rounded(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [rounded(inner) for inner in value]
+        return f"{value:.6g}" if isinstance(value, float) else value  # the last digits depend on the threads
+
+    text = json.dumps(rounded(summary), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if summary else None
 
 
 def places(side_by_side: int, cores: int) -> int | None:
@@ -200,8 +216,12 @@ def _reason(code: int, output: Path) -> str:
 
 
 def _environment(job: Job, slot: int) -> dict[str, str]:
-    """The environment of a process: its share of the threads, and a GPU of its own where there are several."""
-    environment = dict(os.environ)
+    """The environment of a process: the same program, its share of the threads, one of several GPUs."""
+    # A folder called `apps` or `core` in the working directory must not come before ours.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    root = Path(__file__).resolve().parents[2]
+    if (root / "pyproject.toml").is_file():  # a source tree, which need not be the one that is installed
+        environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     if job.threads is None:
         return environment
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -44,6 +44,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what either set of rules reads as something else than the word that it is."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()),
+            *_Loader.yaml_implicit_resolvers.get(first, ()),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; a syntax error is told with line and column."""
     try:
@@ -62,3 +74,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str) -> Any:
     """The value that a piece of YAML stands for; raises yaml.YAMLError."""
     return yaml.load(text, _Loader)
+
+
+def parse_list(text: str) -> list[tuple[str, Any]]:
+    """The values of a list without its brackets, each as it is written and as what it stands for.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    whole = f"[{text}]"
+    node = yaml.compose(whole, _Loader)
+    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(whole):
+        raise yaml.YAMLError(f"not a list: {text!r}")
+    written = [whole[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+    return list(zip(written, parse_yaml(whole)))
+
+
+def write_yaml(values: Any, **style: Any) -> str:
+    """Plain values as YAML that `read_yaml` and `parse_yaml` read back to the same; style as in `yaml.dump`."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, **style)

@@ -34,7 +34,7 @@ def scan(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None = None, pack: Pack | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `core.attention.blocked.scan.scan("decay", ...)`, also of packs, which have no state before or after them."""
-    if state is not None and is_step(q, k, v, state) and not (torch.is_grad_enabled() and g.requires_grad):
+    if state is not None and is_step(q, k, v, state, g):
         return decay_step(q, k, v, g, state)
     return decay_forward(q, k, v, g, state, *(() if pack is None else (pack.offsets, pack.longest)))
 

@@ -55,8 +55,7 @@ GPU."""
 
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None = None):
     """As `core.attention.blocked.scan.scan("delta", ...)` or, with a gate per feature, "vector_delta"."""
-    learns = torch.is_grad_enabled() and (g.requires_grad or beta.requires_grad)
-    if state is not None and is_step(q, k, v, state) and not learns:
+    if state is not None and is_step(q, k, v, state, g, beta):
         return delta_step(q, k, v, g, beta, state)
     return delta_forward(q, k, v, g, beta, state)[:2]
 
@@ -106,11 +105,16 @@ def _couple(
 
 @triton.jit
 def _solve(
-    k, v, b, beta, t, state, z, kb, kh, kl, vb, vh, vl, K, L, tiles,
+    k, v, b, beta, t, state, z, written, kb, kh, kl, vb, vh, vl, K, L, tiles,
     F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, BE: tl.constexpr, C: tl.constexpr,
     STATE: tl.constexpr, VECTOR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z [B, K, L, E] of one key head and a tile of values; x is rounded as the sweeps will read it."""
+    """z and x = beta z [B, K, L, E] of one key head and a tile of values, x rounded as the sweeps will read it.
+
+    The outputs are left to the sweeps. Here they would wait for each other, chunk after chunk, in the few programs that
+    there are, and every tile of values would make q k^T again; the sweeps have a program per segment of the sequence.
+    With q and a second accumulator the registers (242 of 255 for a gate per feature at 128) would not do either.
+    """
     tile, bk = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     f, e = tl.arange(0, FP), tile * BE + tl.arange(0, BE)
     s = tl.zeros([FP, BE], tl.float32)
@@ -127,9 +131,11 @@ def _solve(
         keys = load(k, u * kl, u < L, f, F)
         new = load(v, u * vl, u < L, e, E) - product(keys * enter, s, DOT, PRECISION)
         found = product(square(t, u, L, C), new, DOT, PRECISION).to(z.dtype.element_ty)
-        tl.store(z + (bk * L + u)[:, None] * E + e[None, :], found, mask=(u < L)[:, None] & (e < E)[None, :])
+        place, here = (bk * L + u)[:, None] * E + e[None, :], (u < L)[:, None] & (e < E)[None, :]
+        tl.store(z + place, found, mask=here)
         strength = tl.load(beta + bk * L + u, mask=u < L, other=0.0).to(tl.float32)
         x = (found.to(tl.float32) * strength[:, None]).to(z.dtype.element_ty)
+        tl.store(written + place, x, mask=here)
         s = s * whole + product(tl.trans(keys * leave), x, DOT, PRECISION)
 
 
@@ -199,15 +205,15 @@ class _Chunks:
         """Products with the keys, which one decay per head lets the kernels make themselves."""
         return squares(q, self.k, self.b, self.kind["C"], self.products, torch.float32) if self.vector else self.b
 
-    def solve(self, state: Tensor | None) -> Tensor:
-        """z [B, K, L, E] in the dtype of v."""
-        z = torch.empty(self.v.shape, dtype=self.v.dtype, device=self.v.device)
+    def solve(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(z, x) [B, K, L, E] in the dtype of v."""
+        z, x = (torch.empty(self.v.shape, dtype=self.v.dtype, device=self.v.device) for _ in range(2))
         _solve[self.grid](
-            self.k, self.v, self.b, self.beta, self.t, self.b if state is None else state, z,
+            self.k, self.v, self.b, self.beta, self.t, self.b if state is None else state, z, x,
             *self.k.stride()[:3], *self.v.stride()[:3], self.heads, self.length, self.tiles,
             STATE=state is not None, **self.kind,
         )  # fmt: skip
-        return z
+        return z, x
 
     def gradient(self, q: Tensor, d_out: Tensor, d_end: Tensor | None) -> Tensor:
         """y [B, K, L, E], float32."""
@@ -221,10 +227,6 @@ class _Chunks:
         return y
 
 
-def _written(z: Tensor, beta: Tensor) -> Tensor:
-    return (z.float() * beta.float().unsqueeze(-1)).to(z.dtype)
-
-
 @torch.library.custom_op("longspan::delta_kernel_forward", mutates_args=())
 def delta_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
@@ -232,11 +234,11 @@ def delta_forward(
     """(out [B, H, L, E], last state [B, K, F, E], both float32; z [B, K, L, E] for the backward)."""
     state = None if state is None else state.float().contiguous()
     if 0 in (*k.shape, v.shape[3]):
-        z = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+        z = x = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     else:
         with on(q.device):
-            z = _Chunks(q, k, v, g, beta).solve(state)
-    out, end = (gated_forward if g.dim() == 4 else decay_forward)(q, k, _written(z, beta), g, state)
+            z, x = _Chunks(q, k, v, g, beta).solve(state)
+    out, end = (gated_forward if g.dim() == 4 else decay_forward)(q, k, x, g, state)
     return out, end, z
 
 
@@ -256,7 +258,7 @@ def delta_backward(
     """(dq, dk, dv, dg, d beta, d first state)."""
     keys = k.shape[1]
     d_end = None if d_end is None else d_end.float().contiguous()
-    x = _written(z, beta)
+    x = (z.float() * beta.float().unsqueeze(-1)).to(z.dtype)
     if 0 in (*k.shape, v.shape[3]):
         y = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     else:

@@ -57,7 +57,7 @@ reports for sm_90a (2026-11-25); not yet timed on a GPU."""
 
 def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `core.attention.blocked.scan.scan("vector_decay", ...)`."""
-    if state is not None and is_step(q, k, v, state) and not (torch.is_grad_enabled() and g.requires_grad):
+    if state is not None and is_step(q, k, v, state, g):
         return decay_step(q, k, v, g, state)
     return gated_forward(q, k, v, g, state)
 

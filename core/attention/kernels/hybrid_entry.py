@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
-from core.attention.contract import Attended, hide
+from core.attention.contract import Attended, State, hide
+from core.attention.feature_maps import FEATURE_MAPS
 from core.attention.feature_projection import featured
 from core.attention.kernels import hybrid
+from core.attention.kernels.features import MAPS
+from core.attention.kernels.ring_step import hybrid_step
+from core.attention.kernels.step import is_step
 from core.attention.learned_maps import LearnedMap
 from core.attention.packing import Pack
 
@@ -39,3 +43,35 @@ def fused(
         q, k, v, *tails, *turned, key_mask, weight, state, phi.name, window, causal, scale, keep, *packed
     )
     return Attended(out, mass), end
+
+
+def stepped(
+    q, k, v, tail_q, tail_of, state: State, window, phi, gate, key_mask, slopes, scale, rotary
+) -> tuple[Attended, State] | None:
+    """A single new token after a state by one launch; None if these are more, or somebody asks for a gradient.
+
+    Beside the launch torch projects the tails of maps that have a projection, and makes features that are not the
+    kernels' own; elu and relu of the heads themselves are made in the kernel, also with rotary positions.
+    """
+    keys, values, mask = (state[name] for name in ("keys", "values", "mask"))
+    if not is_step(q, k, v, state["sum"], keys, values, gate, tail_q):
+        return None
+    turns = rotary
+    if rotary is not None:
+        if rotary[0].planes > 1 or q.shape[3] % 2:
+            return None
+        if phi.kernel:  # rotated before phi, by torch: the leaving key is `window` behind the new one
+            turns = rotary[0], rotary[1].extended(window).first(1)
+    a, c, phi, turns, level = featured(tail_q, tail_of(keys[:, :, :1]), phi, turns)
+    if phi.name not in MAPS:
+        a, c = phi.features(a.float()), phi.features(c.float())
+        phi = FEATURE_MAPS["given_floored" if phi.floor else "given"]
+    if not is_step(a, c, v, state["sum"]) or (turns is not None and phi.width(a.shape[3]) % 2):
+        return None
+    at = (None, None) if rotary is None else (rotary[0].coordinates, rotary[1].coordinates)
+    base, interleaved = (10_000.0, False) if rotary is None else rotary[0][1:3]
+    out, mass, *ring, sums, count = hybrid_step(
+        q, k, v, a, c, key_mask, gate, level, slopes, keys, values, mask, state["sum"], state["count"], *at, phi.name,
+        scale, base, interleaved, turns is not None,
+    )  # fmt: skip
+    return Attended(out, mass), dict(zip(("keys", "values", "mask", "sum", "count"), (*ring, sums, count)))

@@ -28,3 +28,16 @@ def run(
         q, k, v, key_mask, slopes, state, count, phi.name, direction, offset, normalize, factor, *(pack or ())
     )
     return Attended(out, mass), total
+
+
+def turned_step(q, k, v, phi, key_mask, slopes, rotary, state, count) -> tuple[Attended, Tensor] | None:
+    """`run` of one token whose features are turned in the numerator, after a state; None if this is something else."""
+    if phi.name not in MAPS:
+        given = FEATURE_MAPS["given_floored" if phi.floor else "given"]
+        q, k, phi = phi.features(q.float()), phi.features(k.float()), given
+    turn, of_keys = rotary
+    if turn.planes > 1 or phi.width(q.shape[3]) % 2 or not is_step(q, k, v, state):
+        return None
+    given = slopes, state, count, phi.name, True, turn.coordinates, of_keys.coordinates, turn.base, turn.interleaved
+    out, mass, total = linear_step(q, k, v, key_mask, *given)
+    return Attended(out, mass), total

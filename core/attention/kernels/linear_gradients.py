@@ -36,6 +36,16 @@ def query_gradient(
     b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP
     f, c, e = tl.arange(0, FP), tl.arange(0, DP), tile * BE + tl.arange(0, BE)
     width: tl.constexpr = E + 1 if ONES else E
+    begin, of, head, timeline = part * size, bk, bh.to(tl.int64) * L, T
+    tiled = tile.to(tl.int64) * B * H * L
+    if PACK:
+        own, begin, first, L, key_first, M, T, row0, key0 = line(table, part)
+        of += own * (H // GROUP)
+        head += first
+    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
+    if STATE:
+        at = (bk * parts + part if CAUSAL else of).to(tl.int64) * F * width
+        s, z = load_state(states, at, f, e, F, E, ONES)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -44,22 +54,14 @@ def query_gradient(
     if DECAY == "constant":
         heads_rate = tl.load(rate + h).to(tl.float32)
     if DECAY == "given":
-        gate += bk.to(tl.int64) * T
+        gate += bk.to(tl.int64) * timeline
     factor, d_factor = factor_of(factors, h // GROUP, f, F, MAP), tl.zeros([FP], tl.float32)
-    begin, of, head, tiled = part * size, bk, bh.to(tl.int64) * L, tile.to(tl.int64) * B * H * L
     if PACK:
-        own, begin, first, L, key_first, M, T, row0, key0 = line(table, part)
-        of += own * (H // GROUP)
-        head += first
         gate += key_first
         q += first * ql
         k += key_first * kl
         v += key_first * vl
         d_out += first * dl
-    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
-    if STATE:
-        at = (bk * parts + part if CAUSAL else of).to(tl.int64) * F * width
-        s, z = load_state(states, at, f, e, F, E, ONES)
     for u0 in range(begin, tl.minimum(T, begin + size), C):
         u = u0 + tl.arange(0, C)
         i = (row0 + step * u).to(tl.int64)
@@ -129,6 +131,17 @@ def key_gradient(
     b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP
     f, c, e = tl.arange(0, FP), tl.arange(0, DP), tile * BE + tl.arange(0, BE)
     width: tl.constexpr = E + 1 if ONES else E
+    begin, of, head, to = part * size, bh, bh.to(tl.int64) * L, bh.to(tl.int64) * M
+    tiled, timeline = tile.to(tl.int64) * B * H * M, T
+    if PACK:
+        own, begin, first, L, key_first, M, T, row0, key0 = line(table, part)
+        of += own * H
+        head += first
+        to += key_first
+    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
+    if STATE:
+        s, z = load_state(states, (bh * parts + part if CAUSAL else of).to(tl.int64) * F * width, f, e, F, E, ONES)
+        z = tl.where(tile == 0, z, 0.0)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -137,24 +150,14 @@ def key_gradient(
     if DECAY == "constant":
         heads_rate = tl.load(rate + h).to(tl.float32)
     if DECAY == "given":
-        gate += bk.to(tl.int64) * T
+        gate += bk.to(tl.int64) * timeline
     factor, d_factor = factor_of(factors, h // GROUP, f, F, MAP), tl.zeros([FP], tl.float32)
-    begin, of, head, to = part * size, bh, bh.to(tl.int64) * L, bh.to(tl.int64) * M
-    tiled = tile.to(tl.int64) * B * H * M
     if PACK:
-        own, begin, first, L, key_first, M, T, row0, key0 = line(table, part)
-        of += own * H
-        head += first
-        to += key_first
         gate += key_first
         q += first * ql
         k += key_first * kl
         v += key_first * vl
         d_out += first * dl
-    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
-    if STATE:
-        s, z = load_state(states, (bh * parts + part if CAUSAL else of).to(tl.int64) * F * width, f, e, F, E, ONES)
-        z = tl.where(tile == 0, z, 0.0)
     end = tl.minimum(T, begin + size)
     chunks = tl.cdiv(end - begin, C)
     for n in range(chunks):

@@ -74,6 +74,8 @@ class Sweep:
         self.complete = not self.causal or (offset >= 0 if direction == "past" else self.time >= self.queries)
         padded_features = padded(self.features)
         blocks = choose(BLOCKS, self.device, padded_features, q.element_size())
+        if name == "focused":  # its rows stand in registers several times: else up to 1,032 bytes a thread spill
+            blocks = blocks._replace(chunk=min(blocks.chunk, 64 if padded_features <= 64 else 32), warps=8)
         self.chunk, tile = blocks.chunk, min(blocks.values, padded(self.values))
         self.tiles = max(1, -(-self.values // tile))
         self.shape = {"D": width, "F": self.features, "E": self.values, "FP": padded_features, "BE": tile}

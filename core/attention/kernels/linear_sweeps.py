@@ -125,6 +125,15 @@ def forward(
     b, h, bk = (bh // H).to(tl.int64), (bh % H).to(tl.int64), bh // GROUP
     f, c, e = tl.arange(0, FP), tl.arange(0, DP), tile * BE + tl.arange(0, BE)
     width: tl.constexpr = E + 1 if ONES else E
+    begin, of, head, timeline = part * size, bk, bh.to(tl.int64) * L, T
+    if PACK:
+        own, begin, first, L, key_first, M, T, row0, key0 = line(table, part)
+        of += own * (H // GROUP)
+        head += first
+    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
+    if STATE:
+        at = (bk * parts + part if CAUSAL else of).to(tl.int64) * F * width
+        s, z = load_state(states, at, f, e, F, E, ONES)
     q += b * qb + h * qh
     k += b * kb + h // GROUP * kh
     v += b * vb + h // GROUP * vh
@@ -132,22 +141,14 @@ def forward(
     if DECAY == "constant":
         heads_rate = tl.load(rate + h).to(tl.float32)
     if DECAY == "given":
-        gate += bk.to(tl.int64) * T
+        gate += bk.to(tl.int64) * timeline
     factor = factor_of(factors, h // GROUP, f, F, MAP)
-    begin, of, head = part * size, bk, bh.to(tl.int64) * L
     if PACK:
-        own, begin, first, L, key_first, M, T, row0, key0 = line(table, part)
-        of += own * (H // GROUP)
-        head += first
         gate += key_first
         q += first * ql
         k += key_first * kl
         v += key_first * vl
         floor += first
-    s, z = tl.zeros([FP, BE], tl.float32), tl.zeros([FP], tl.float32)
-    if STATE:
-        at = (bk * parts + part if CAUSAL else of).to(tl.int64) * F * width
-        s, z = load_state(states, at, f, e, F, E, ONES)
     for u0 in range(begin, tl.minimum(T, begin + size), C):
         u = u0 + tl.arange(0, C)
         i = (row0 + step * u).to(tl.int64)

@@ -5,13 +5,16 @@
 
     S' = e^g S + phi(k) [v, 1]^T,    [num, den] = phi(q)^T S',    out = num / max(den, floor)
 
-g is nothing, a number or one per row of S; under the delta rule beta (v - (e^g S)^T k) takes the place of v.
+g is nothing, a number or one per row of S; under the delta rule beta (v - (e^g S)^T k) takes the place of v. Rotary
+positions turn the features of the numerator as they are made, not those of den (`core.attention.positions`).
 One program has one key head of one sequence and a tile of value columns; the query heads of its group read the new
 state while it is on chip. No matrix products: a step is bound by the state's bytes, 8 B K F (E + 1), whatever the
 length before. The old state is left as it was.
 
 Serves, under the backend `triton`, one new token after a state without gradients; else the sweeps of `linear` run.
 """
+
+import math
 
 import torch
 import triton
@@ -31,12 +34,32 @@ KINDS = {3: "given", 4: "vector"}
 
 
 @triton.jit
+def frequencies(pair, N: tl.constexpr, LOG_BASE: tl.constexpr):
+    """base^(-2 pair / N) in float32, by way of float64: a rounded exponent would turn far positions differently."""
+    return tl.exp2(pair.to(tl.float64) * (-2 * LOG_BASE / N)).to(tl.float32)
+
+
+@triton.jit
+def _turned(x, at, ok, position, f, D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, INTERLEAVED: tl.constexpr,
+            LOG_BASE: tl.constexpr):  # fmt: skip
+    """Features f of one row, turned: each takes a share of the other one of its pair."""
+    half: tl.constexpr = F // 2
+    first = f % 2 == 0 if INTERLEAVED else f < half
+    pair = f // 2 if INTERLEAVED else tl.where(first, f, f - half)
+    away = 1 if INTERLEAVED else half
+    other = tl.where(f < F, tl.where(first, f + away, f - away), F)
+    angle = position.to(tl.float32) * frequencies(pair, F, LOG_BASE)
+    own, across = tl.sum(features(x, at, ok, f, D, F, MAP), 0), tl.sum(features(x, at, ok, other, D, F, MAP), 0)
+    return own * tl.cos(angle) + tl.where(first, -across, across) * tl.sin(angle)
+
+
+@triton.jit
 def _step(
-    q, k, v, mask, gate, rate, state, count, beta, out, mass, end,
-    qb, qh, kb, kh, vb, vh, mb, K, GROUP, tiles, least,
+    q, k, v, mask, gate, rate, state, count, beta, at_q, at_k, out, mass, end,
+    qb, qh, kb, kh, vb, vh, mb, pq, pk, K, GROUP, tiles, least,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr,
     DECAY: tl.constexpr, ONES: tl.constexpr, MASK: tl.constexpr, COUNT: tl.constexpr, NORMALIZE: tl.constexpr,
-    DELTA: tl.constexpr,
+    DELTA: tl.constexpr, TURN: tl.constexpr, INTERLEAVED: tl.constexpr, LOG_BASE: tl.constexpr,
 ):  # fmt: skip
     tile, bk = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, kept = (bk // K).to(tl.int64), (bk % K).to(tl.int64)
@@ -48,7 +71,12 @@ def _step(
     at = bk.to(tl.int64) * F * width
     place, here = f[:, None] * width + e[None, :], (f < F)[:, None] & (e < E)[None, :]
     s = tl.load(state + at + place, mask=here, other=0.0)
-    phi = tl.sum(features(k + b * kb + kept * kh, one.to(tl.int64), real, f, D, F, MAP), 0)
+    zero = one.to(tl.int64)
+    phi = tl.sum(features(k + b * kb + kept * kh, zero, real, f, D, F, MAP), 0)
+    written = phi
+    if TURN:
+        position = tl.load(at_k + b * pk)
+        written = _turned(k + b * kb + kept * kh, zero, real, position, f, D, F, MAP, INTERLEAVED, LOG_BASE)
     value = tl.load(v + b * vb + kept * vh + (one * 0)[:, None] + e[None, :], mask=real[:, None] & (e < E)[None, :])
     value = tl.sum(tl.where(real[:, None] & (e < E)[None, :], value.to(tl.float32), 0.0), 0)
     decay = tl.full([FP], 1.0, tl.float32)
@@ -61,7 +89,7 @@ def _step(
     s *= decay[:, None]
     if DELTA:
         value = tl.load(beta + bk).to(tl.float32) * (value - tl.sum(phi[:, None] * s, 0))
-    s += phi[:, None] * value[None, :]
+    s += written[:, None] * value[None, :]
     tl.store(end + at + place, s, mask=here)
     z = tl.zeros([FP], tl.float32)
     if ONES:
@@ -73,8 +101,12 @@ def _step(
         low = tl.maximum(least * (tl.load(count + b).to(tl.float32) + tl.sum(real.to(tl.float32), 0)), low)
     for g in range(GROUP):
         h = kept * GROUP + g
-        asked = tl.sum(features(q + b * qb + h * qh, one.to(tl.int64), one == 0, f, D, F, MAP), 0)
-        num = tl.sum(asked[:, None] * s, 0)
+        asked = tl.sum(features(q + b * qb + h * qh, zero, one == 0, f, D, F, MAP), 0)
+        reads = asked
+        if TURN:
+            position = tl.load(at_q + b * pq)
+            reads = _turned(q + b * qb + h * qh, zero, one == 0, position, f, D, F, MAP, INTERLEAVED, LOG_BASE)
+        num = tl.sum(reads[:, None] * s, 0)
         row = b * K * GROUP + h
         if ONES:
             den = tl.maximum(tl.sum(asked * z, 0), 0.0)
@@ -82,11 +114,19 @@ def _step(
                 log = tl.log(tl.where(den > 0, den, 1.0))
                 tl.store(mass + row, tl.where(den > 0, log, float("-inf")))
             if NORMALIZE:
-                num = num / tl.maximum(den, low)
+                num = tl.where(den > 0, num / tl.maximum(den, low), 0.0)  # turned, it is not 0 where den is
         tl.store(out + row * E + e, num.to(out.dtype.element_ty), mask=e < E)
 
 
-def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: bool, ones: bool, out_dtype, beta=None):
+def position_stride(at: Tensor | None) -> int:
+    """From one sequence's position to the next one's, of positions [1] or [B, 1]."""
+    return 0 if at is None or at.dim() == 1 or at.shape[0] == 1 else at.stride(0)
+
+
+def _launch(
+    q, k, v, key_mask, decay, gate, state, count, name: str, normalize: bool, ones: bool, out_dtype, beta=None,
+    at=(None, None), base: float = 1.0, interleaved: bool = False,
+):  # fmt: skip
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     phi, (batch, heads, _, width), key_heads = phi_named(name), q.shape, k.shape[1]
     out = torch.empty(batch, heads, 1, v.shape[3], dtype=out_dtype, device=q.device)
@@ -95,15 +135,17 @@ def _launch(q, k, v, key_mask, decay, gate, state, count, name: str, normalize: 
     end, tile = torch.empty_like(state), min(VALUES, padded(v.shape[3]))
     tiles = max(1, -(-v.shape[3] // tile))
     optional = (None if key_mask is None else key_mask.view(torch.uint8), gate, decay, state, count, beta)
-    pointers = [q if x is None else x.contiguous() for x in optional]
+    pointers = [*(q if x is None else x.contiguous() for x in optional), *(q if x is None else x for x in at)]
     if batch:
         with on(q.device):
             _step[(tiles * batch * key_heads,)](
                 q, k, v, *pointers, out, mass, end, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], 1,
-                key_heads, heads // key_heads, tiles, phi.floor, D=width, F=phi.width(width), E=v.shape[3],
-                FP=padded(phi.width(width)), BE=tile, MAP=name, ONES=ones, MASK=key_mask is not None,
+                *map(position_stride, at), key_heads, heads // key_heads, tiles, phi.floor, D=width,
+                F=phi.width(width), E=v.shape[3], FP=padded(phi.width(width)), BE=tile, MAP=name, ONES=ones,
+                MASK=key_mask is not None,
                 DECAY="constant" if decay is not None else "none" if gate is None else KINDS[gate.dim()],
-                COUNT=count is not None, NORMALIZE=normalize, DELTA=beta is not None, num_warps=4,
+                COUNT=count is not None, NORMALIZE=normalize, DELTA=beta is not None,
+                TURN=at[0] is not None, INTERLEAVED=interleaved, LOG_BASE=math.log2(base), num_warps=4,
             )  # fmt: skip
     return out, mass, end
 
@@ -119,9 +161,17 @@ def linear_step(
     count: Tensor | None,
     feature_map: str,
     normalize: bool,
+    at_q: Tensor | None = None,
+    at_k: Tensor | None = None,
+    base: float = 10_000.0,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, log mass, new state) of one token: `linear.linear_forward` for L = M = 1, without a gradient."""
-    return _launch(q, k, v, key_mask, decay, None, state, count, feature_map, normalize, True, v.dtype)
+    """(out, log mass, new state) of one token: `linear.linear_forward` for L = M = 1, without a gradient.
+
+    at_q, at_k: positions [1] or [B, 1], where features are turned in the numerator.   base, interleaved: of these.
+    """
+    given = key_mask, decay, None, state, count, feature_map, normalize, True, v.dtype, None
+    return _launch(q, k, v, *given, (at_q, at_k), base, interleaved)
 
 
 @torch.library.custom_op("longspan::decay_kernel_step", mutates_args=())
@@ -143,7 +193,7 @@ def _shapes(q, k, v, *given):
     return q.new_empty(*q.shape[:3], v.shape[3], **exact), q.new_empty(given[-1].shape, **exact)
 
 
-def _linear_shapes(q, k, v, key_mask, decay, state, count, feature_map, normalize):
+def _linear_shapes(q, k, v, key_mask, decay, state, *_):
     exact = {"dtype": torch.float32}
     out = v.new_empty(*q.shape[:3], v.shape[3])
     return out, q.new_empty(q.shape[:3], **exact), q.new_empty(state.shape, **exact)
@@ -154,8 +204,8 @@ alone(decay_step, _shapes)
 alone(delta_step, _shapes)
 
 
-def is_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> bool:
-    """Whether this is a single new token after a state, and nobody asks for a gradient."""
+def is_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *others: Tensor) -> bool:
+    """Whether this is a single new token after a state, and nobody asks for a gradient of these or of `others`."""
     if state is None or q.shape[2] != 1 or k.shape[2] != 1:
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state, *others)))

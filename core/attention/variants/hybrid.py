@@ -232,15 +232,8 @@ def near(q, k, v, window, causal, key_mask, slopes, scale, rotary, backend="torc
     """The window's part."""
     if rotary is not None:
         q, k = rotary[0](q), rotary[1](k)
-    options = {
-        "causal": causal,
-        "key_mask": key_mask,
-        "slopes": slopes,
-        "scale": scale,
-        "backend": backend,
-        "pack": pack,
-    }
-    return attend_window(q, k, v, window, **options)
+    options = {"causal": causal, "key_mask": key_mask, "slopes": slopes, "scale": scale, "backend": backend}
+    return attend_window(q, k, v, window, pack=pack, **options)
 
 
 def weighted(tail: Attended, gate: Tensor, slopes: Tensor | None, window: int) -> Attended:
@@ -256,6 +249,12 @@ def resume(
     tail_of: what phi acts on, from keys; applied to each key when it leaves.
     """
     backend = resolve("hybrid", backend, q.device.type, q.dtype, ("state", *_needs(q, v, tail_q, phi))).name
+    if backend == "triton":
+        from core.attention.kernels.hybrid_entry import stepped
+
+        one = stepped(q, k, v, tail_q, tail_of, state, window, phi, gate, key_mask, slopes, scale, rotary)
+        if one is not None:
+            return one
     leaving = k.shape[2]  # as many as come
     ring = extend_ring(state, k, v, key_mask)
     if rotary is not None:

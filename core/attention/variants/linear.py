@@ -164,8 +164,8 @@ def raised(attended: Attended, by: Tensor | None) -> Attended:
 
 
 def sums(
-    q, k, v, phi: FeatureMap | LearnedMap, direction: str, offset: int, *, key_mask=None, slopes=None, rotary=None,
-    state=None, keep=False, normalize=True, backend="auto", pack: Pack | None = None,
+    q, k, v, phi: FeatureMap | LearnedMap, direction: str, offset: int, *, key_mask=None, slopes=None,
+    rotary: tuple | None = None, state=None, keep=False, normalize=True, backend="auto", pack: Pack | None = None,
 ) -> tuple[Attended, State | None]:  # fmt: skip
     """Sums over all keys ("both"), keys j <= i + offset ("past") or j >= i + offset ("future").
 
@@ -178,16 +178,28 @@ def sums(
     needs += ("packs",) if pack is not None else ()
     fuses = isinstance(phi, Focused) and resolve("linear", backend, q.device.type, q.dtype, needs).name == "triton"
     fuses = fuses and q.shape[3] <= kernels.WIDEST and (state is None or q.shape[2] > 1)  # the step takes features
-    q, k, phi, rotary, level = (q, k, phi, None, None) if fuses else featured(q, k, phi, rotary)
+    level = None
+    if not fuses:
+        q, k, phi, rotary, level = featured(q, k, phi, rotary)
     if slopes is not None:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     needs += ("wide features",) if phi.width(q.shape[3]) > kernels.WIDEST else ()
-    run = resolve("linear", backend, q.device.type, q.dtype, needs).run
+    name, run, _ = resolve("linear", backend, q.device.type, q.dtype, needs)
     run = run if pack is None else partial(run, pack=pack)
     before = (None, None) if state is None else (state["sum"], state["count"])
-    if rotary is None:
-        attended, total = run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before)
+
+    def whole(attended, total):  # no types, which would stop a trace
         return raised(attended, level), {"sum": total, "count": counted(q, k, key_mask, before[1])} if keep else None
+
+    if rotary is None:
+        return whole(*run(q, k, v, phi, direction, offset, key_mask, slopes, normalize, *before))
+    if name == "triton" and (direction, offset, normalize) == ("past", 0, True):
+        from core.attention.kernels.linear_entry import turned_step
+
+        one = turned_step(q, k, v, phi, key_mask, slopes, rotary, *before)
+        if one is not None:
+            return whole(*one)
+    assert isinstance(phi, FeatureMap)  # a fused map meets no rotation
     acc = accumulator(v.dtype)
     fq, fk = phi.features(q.to(acc)), hide(phi.features(k.to(acc)), key_mask)
     # Two runs share one state: the rotated sum's columns for the values, the plain sum's for the ones. An undivided
@@ -201,10 +213,7 @@ def sums(
         least = least_denominator(q, k, key_mask, before[1], phi.name, direction, offset, pack)
         den = torch.maximum(mass.log_mass.exp(), least)
         out = out * torch.where(mass.log_mass == -torch.inf, 0.0, 1 / den).unsqueeze(-1)
-    attended = raised(Attended(out.to(v.dtype), mass.log_mass), level)
-    if not keep:
-        return attended, None
-    return attended, {"sum": torch.cat((total[..., :-1], ones), -1), "count": counted(q, k, key_mask, before[1])}
+    return whole(Attended(out.to(v.dtype), mass.log_mass), torch.cat((total[..., :-1], ones), -1) if keep else total)
 
 
 @implementation("linear", "reference", serves=("wide features",))
@@ -241,9 +250,9 @@ if kernels.PRESENT:
 def counted(q: Tensor, k: Tensor, key_mask: Tensor | None, before: Tensor | None) -> Tensor:
     """Keys summed so far, [B]."""
     if key_mask is None:
-        new = torch.full((k.shape[0],), k.shape[2], dtype=accumulator(q.dtype), device=k.device)
-    else:
-        new = key_mask.sum(-1, dtype=accumulator(q.dtype))
+        first = torch.zeros(k.shape[0], dtype=accumulator(q.dtype), device=k.device) if before is None else before
+        return first + k.shape[2]
+    new = key_mask.sum(-1, dtype=accumulator(q.dtype))
     return new if before is None else new + before
 
 

@@ -218,8 +218,8 @@ class LongformerAttention(Variant):
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if key_mask is None else key_mask
         marked = real & (real.cumsum(-1) <= self.global_tokens)
         if given is None:
-            return marked, self.global_tokens
-        marked, room = marked | (given & real), self.global_tokens + self.max_global
+            return marked, self.global_tokens if x.shape[1] else 0
+        marked, room = marked | (given & real), self.global_tokens + self.max_global if x.shape[1] else 0
         fits = ((given & real).sum(-1) <= self.max_global).all()
         text = f"more than {self.max_global} global tokens in a sequence; raise max_global"
         if torch.compiler.is_compiling():

@@ -36,7 +36,7 @@ def reference(q, k, v, seen, scale, bias=None) -> Attended:
     """The definition, dense: q [B, H, L, D], k and v [B, H, M, .], seen bool broadcast to [B, H, L, M]."""
     s = scale * q @ k.transpose(-1, -2)
     s = (s if bias is None else s + bias).masked_fill(~seen, -torch.inf)
-    empty = ~seen.any(-1, keepdim=True)
+    empty = (s == -torch.inf).all(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     mass = torch.logsumexp(s.masked_fill(empty, 0.0), dim=-1, keepdim=True).masked_fill(empty, -torch.inf)
     return Attended(p @ v, mass.squeeze(-1))
@@ -108,9 +108,13 @@ def attend(
     asked = {
         "mass": return_mass,
         "dropout": dropout > 0,
-        "alibi": slopes is not None,
-        "causal with a mask or bias": causal and (key_mask is not None or bias is not None) and q.shape[2] > 1,
-        "causal with L != M": not square,
+        # With dropout torch's SDPA is the one that serves, and is given a mask [L, M] for what it has no word for.
+        "alibi": slopes is not None and not dropout,
+        "causal with a mask or bias": causal
+        and (key_mask is not None or bias is not None)
+        and q.shape[2] > 1
+        and not dropout,
+        "causal with L != M": not square and not dropout,
     }
     needs = tuple(name for name, wanted in asked.items() if wanted)
     choice = resolve("softmax", backend, q.device.type, q.dtype, needs)
@@ -136,6 +140,18 @@ def _reference(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Atten
 
 @implementation("softmax", "sdpa", serves=("dropout",))
 def _sdpa(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
+    length, keys = q.shape[2], k.shape[2]
+    if slopes is not None or (causal and length > 1 and (key_mask is not None or bias is not None or length != keys)):
+        seen = visible(length, keys, causal=causal, key_mask=key_mask, device=q.device)
+        if slopes is not None:
+            penalty = alibi_bias(slopes.to(q.dtype), length, keys)
+            bias = penalty if bias is None else bias + penalty
+        some = seen.any(-1, keepdim=True)  # a row without a key is given all, and then 0: its gradient is no NaN
+        mask = seen | ~some if bias is None else bias.to(q.dtype).masked_fill(~seen & some, -torch.inf)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return Attended(torch.where(some, out, 0.0), None)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if bias is not None:
         mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)

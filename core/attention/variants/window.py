@@ -192,6 +192,15 @@ class WindowAttention(Variant):
     ):
         if rotary is not None:
             q, k = rotary[0](q), rotary[1](k)
+        choice = resolve("window", backend, q.device.type, q.dtype, (), (q.shape[3], v.shape[3]))
+        if choice.name == "triton":
+            from core.attention.kernels.ring_step import window_step
+            from core.attention.kernels.step import is_step
+
+            ring = state["keys"], state["values"], state["mask"]
+            if is_step(q, k, v, *ring[:2]):
+                out, mass, *ring = window_step(q, k, v, key_mask, slopes, *ring, q.shape[3] ** -0.5)
+                return Attended(out, mass), dict(zip(("keys", "values", "mask"), ring))
         all_keys = extend_ring(state, k, v, key_mask)
         options = {"key_mask": all_keys["mask"], "slopes": slopes, "backend": backend}
         attended = attend(q, all_keys["keys"], all_keys["values"], self.window, causal=True, **options)

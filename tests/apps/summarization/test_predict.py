@@ -193,7 +193,8 @@ def test_weights_of_another_run_are_a_start(run, small_recipe, tmp_path):
     old, new = (load_run(folder).task.model.head[0].weight for folder in (run("extractive"), tmp_path / "again"))
     assert (old - new).abs().max() < 1e-6
     with pytest.raises(UserError, match=r"model.pretrained: there is no file"):
-        build_data(small_recipe("extractive", "model.pretrained=nowhere"))
+        fit(small_recipe("extractive", "model.pretrained=nowhere"), run_dir=tmp_path / "nowhere", quiet=True)
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from Linux' /proc")

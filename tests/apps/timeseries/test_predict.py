@@ -56,6 +56,14 @@ def test_a_known_ramp_and_sine_go_on(trained, tmp_path):
     assert written[1].read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(("output", "told"), [("f.png", "written to a .csv file"), ("f.csv", "is a folder")])
+def test_forecasts_go_to_a_csv_file(output, told, trained, tmp_path):
+    run, file = trained
+    (tmp_path / "f.csv").mkdir()
+    with pytest.raises(UserError, match=rf"--output .*{output}:? .*{told}"):
+        predict(run, file, tmp_path / output)
+
+
 def test_a_checkpoint_file_alone_is_enough(trained, tmp_path):
     run, file = trained
     alone = tmp_path / "best.ckpt"

@@ -10,6 +10,7 @@ from PIL import Image
 
 from apps.vision.baselines import prior
 from apps.vision.boxes import BoxAugment, frame_of, seen, unseen
+from apps.vision.convert import between_boxes
 from apps.vision.data import build_data
 from apps.vision.detection import BoxScores, overlap, pair_up, set_loss
 from apps.vision.images import fitted
@@ -253,3 +254,35 @@ def test_predicted_boxes_are_in_pixels_of_the_image_and_can_be_read_as_data(dete
     assert sum(data.spec["counts"]) <= len(rows)
     with pytest.raises(UserError, match=r"boxes are written to a .csv file, or with pictures to a folder"):
         predict(detector, tmp_path / "images", tmp_path / "out.png")
+
+
+def test_a_detector_converts_keeps_what_it_knew_and_reports_the_gap(detector, squares, tmp_path):
+    given = ["data.size=[32,64]", "optim.lr=3e-3", "optim.ema=0", "attention=linear", f"model.convert_from={detector}"]
+    recipe = recipe_of(squares, *given, "trainer.epochs=3", "model.distil.steps=4")  # an epoch
+    fit(recipe, run_dir=tmp_path / "run", quiet=True, floors=False)
+    test = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    source = json.loads((detector / "metrics.json").read_text())["test"]["map50"]
+    assert test["source_map50"] == pytest.approx(source)
+    assert test["map50"] > 0.9 * source
+    assert "replaced_map50" in test
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [bool(row["train_transfer"]) for row in rows] == [True, False, False]
+    assert [bool(row["train_distance"]) for row in rows] == [False, True, True]
+    assert float(rows[2]["train_distance"]) < float(rows[1]["train_distance"])
+    assert [file.name for file in predict(tmp_path / "run", squares / "images" / "0.png", tmp_path / "b.csv")] == [
+        "b.csv"
+    ]
+
+
+def test_answers_of_two_detectors_differ_by_what_the_other_is_sure_of():
+    wanted = torch.tensor([[[4.0, -4.0, 0.1, 0.1, 0.3, 0.3], [-9.0, -9.0, 0.5, 0.5, 0.6, 0.6]]])
+    assert float(between_boxes(wanted, wanted)) == pytest.approx(0, abs=1e-6)
+    moved = wanted.clone()
+    moved[0, 1, 2:] += 0.2  # where the other sees nothing, its sides mean nothing
+    assert float(between_boxes(moved, wanted)) < 0.01
+    moved = wanted.clone()
+    moved[0, 0, 2:] += 0.2
+    assert float(between_boxes(moved, wanted)) == pytest.approx(5 * 0.8 * torch.tensor(4.0).sigmoid().item(), rel=0.01)
+    moved = wanted.clone()
+    moved[0, 0, :2] = -4.0
+    assert float(between_boxes(moved, wanted)) > 5

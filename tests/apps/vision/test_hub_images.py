@@ -75,13 +75,17 @@ def test_rows_without_a_class_or_an_image_are_named(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "a"))
     with pytest.raises(UserError, match=r"row 3: label is empty"):
         data_of(f"hub:{tmp_path / 'a'}")
+    without = datasets.Dataset.from_dict({"image": coloured([0, 1]), "mask": [None, None]})
+    without.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "m"))
+    with pytest.raises(UserError, match=r"row 1: mask is empty"):
+        data_of(f"hub:{tmp_path / 'm'}", "data.masks=mask", recipe="vision/segmentation")
     images = [{"bytes": b"no image", "path": "bad.png"}, None, *coloured([0, 1, 0, 1, 0, 1])]
     rows = {"image": images, "label": [0, 1, 0, 1, 0, 1, 0, 1]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "b"))
-    with pytest.raises(UserError, match=r"cannot read bad.png: not an image \(and 1 more\); data.on_broken=skip"):
+    with pytest.raises(UserError, match=r"cannot read bad.png \(hub:.*, row 1\): not an image \(and 1 more\); data"):
         data_of(f"hub:{tmp_path / 'b'}")
     summary = data_of(f"hub:{tmp_path / 'b'}", "data.on_broken=skip", "data.test_share=0").summary
     assert summary["broken"]["files"] == [
-        "bad.png: not an image",
+        f"bad.png (hub:{tmp_path / 'b'}:train, row 1): not an image",
         f"hub:{tmp_path / 'b'}:train, row 2: the cell is empty",
     ]

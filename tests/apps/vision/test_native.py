@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.models import generate_default_cfgs, register_model
 from timm.models.naflexvit import NaFlexVitCfg, _cfg, _create_naflexvit
 
+from apps.vision.costs import sized
 from apps.vision.data import build_data
 from apps.vision.images import fitted
 from apps.vision.model import VisionModel
@@ -220,6 +221,12 @@ def test_predict_gives_the_answers_of_the_test_whatever_stands_beside(run, shape
     assert float(one["red2.png"]["p_red"]) == pytest.approx(float(plain["red/red2.png"]["p_red"]), abs=2e-5)
 
 
+def test_its_cost_is_told_at_any_size():
+    found = sized(recipe_of("x", "attention=linear"), ["16", "32x48"], 2, "cpu")
+    assert {name: one.tokens for name, one in found.items()} == {"16x16": 4, "32x48": 24}
+    assert found["32x48"].cost() > found["16x16"].cost() > 0
+
+
 def test_inspect_draws_an_image_in_its_own_shape(run, shapes, tmp_path):
     files = inspect(run, shapes / "red" / "red1.png", tmp_path / "look")
     assert [file.name for file in files] == ["red1_attention.png", "red1_field.png"]
@@ -232,7 +239,7 @@ def test_stock_weights_load_strictly_and_answer_as_timm_does(shapes, tmp_path):
     recipe = recipe_of(shapes, f"model.weights={tmp_path / 'stock.safetensors'}")
     data = build_data(recipe)
     task = build_task(recipe, data.spec).eval()
-    task.setup()
+    task.bring_weights()
     batch = next(iter(eval_loader(data, "test", batch_size=8)))
     x, real = task._inputs(batch)
     with torch.no_grad():
@@ -245,12 +252,13 @@ def test_stock_weights_load_strictly_and_answer_as_timm_does(shapes, tmp_path):
     with pytest.raises(
         UserError, match=r"1 names are missing, such as blocks.1.attn.qkv.weight; 1 are not the model's"
     ):
-        other.setup()
+        other.bring_weights()
 
 
 def test_a_converted_model_learns_from_real_tokens_only(run, shapes):
     recipe = recipe_of(shapes, "attention=linear", f"model.convert_from={run}")
     task = build_task(recipe, load_run(run).spec)
+    task.bring_weights()
     task.setup()
     real = torch.tensor([[32, 32], [8, 72]])
     x = torch.randn(2, 3, 32, 72)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.vision.images import normalised, read_image
+from apps.vision.images import normalised, read_image, read_values
 from apps.vision.predict import segment
 from apps.vision.tiling import slide
 from core.training.errors import UserError
+from core.training.fit import fit
 from core.training.predict import inspect, predict
+from core.training.recipe import load_recipe
 from core.training.run import load_run
+from tests.apps.vision.conftest import SMALL
 
 
 def table(path):
@@ -65,6 +68,22 @@ def test_masks_have_the_size_and_names_of_their_images(segmenter, halves, tmp_pa
     known = truth != 255
     assert (mask == truth)[known].mean() > 0.85
     assert np.array(Image.open(files[1])).shape == (50, 75, 3)
+
+
+def test_no_answer_takes_the_place_of_an_image_or_of_another_answer(segmenter, halves, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.open(halves / "test" / "0.png").save(photos / "a.png")
+    before = (photos / "a.png").read_bytes()
+    with pytest.raises(UserError, match="is the input itself"):
+        predict(segmenter, photos, photos)
+    with pytest.raises(UserError, match=r"a\.png would be written over; choose another folder"):
+        predict(segmenter, photos / "a.png", photos)
+    Image.open(halves / "test" / "1.png").convert("RGB").save(photos / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg and a\.png would both be answered in .*masks/a\.png; rename one"):
+        predict(segmenter, photos, tmp_path / "masks")
+    assert (photos / "a.png").read_bytes() == before
+    assert not (tmp_path / "masks").exists()
 
 
 def test_a_window_that_holds_the_image_gives_what_the_whole_gives(segmenter, halves, monkeypatch):
@@ -123,26 +142,120 @@ def test_inspect_draws_attention_and_field_of_every_image(classifier, segmenter,
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
 
 
-def test_the_receptive_field_of_a_window_is_smaller_than_that_of_softmax(colours, tmp_path):
-    from apps.vision.inspect import receptive_field
-    from apps.vision.task import build_task
-    from core.training.recipe import load_recipe
-
-    spec = {"task": "classes", "classes": ["a", "b"], "counts": [1, 1], "size": [64, 64], "mean": [0.5] * 3}
-    spec |= {"std": [0.2] * 3, "reading": {}}
-    shares = {}
-    for attention in ("softmax", "window2d", "hybrid2d"):
-        torch.manual_seed(0)
-        given = [f"attention={attention}", "data.size=64", "model.patch=8", "model.stem=patch", "backbone.depth=1"]
-        more = ["attention.window=2"] if attention != "softmax" else []
-        task = build_task(load_recipe("vision/folder", [*given, *more]), spec).eval()
-        shares[attention] = (receptive_field(task, torch.randn(1, 3, 64, 64)) > 0).float().mean().item()
-    assert shares["softmax"] == shares["hybrid2d"] == 1.0
-    assert shares["window2d"] == 9 / 64
-
-
 def test_a_table_of_a_run_that_skips_broken_images_names_them(classifier, tmp_path):
     run = json.loads((classifier / "config.json").read_text())
     assert run["recipe"]["data"]["on_broken"] == "error"  # settings of reading are the run's; predict.* may change
     with pytest.raises(UserError, match=r"predict"):
         predict(classifier, tmp_path, tmp_path / "o.csv", ["data.on_broken=skip"])
+
+
+@pytest.fixture(scope="module")
+def labeller(colours, tmp_path_factory):
+    """A run that says which colours an image has: red, blue, or both; "bright" is never there in training."""
+    folder = tmp_path_factory.mktemp("labels")
+    draw = np.random.default_rng(3)
+    lines = ["path,label"]
+    for n in range(48):
+        kinds = [["red"], ["blue"], ["red", "blue"]][n % 3]
+        values = np.zeros((24, 32, 3)) + 40
+        for kind in kinds:
+            values[:, slice(0, 16) if kind == "red" else slice(16, 32), 0 if kind == "red" else 2] = 220
+        Image.fromarray((values + draw.integers(-20, 21, values.shape)).clip(0, 255).astype(np.uint8)).save(
+            folder / f"{n}.png"
+        )
+        lines.append(f"{n}.png,{';'.join(kinds)}")
+    (folder / "t.csv").write_text("\n".join(lines))
+    more = ["model.task=labels", "augment.cutmix=0", "augment.smoothing=0", "augment.flip=false", "augment.crop=null"]
+    more += ["data.resize=stretch", "data.classes=[red,blue,none]", "optim.lr=1e-2", "trainer.epochs=8", "optim.ema=0"]
+    run = tmp_path_factory.mktemp("runs") / "labeller"
+    torch.manual_seed(0)
+    fit(
+        load_recipe("vision/folder", [f"data.path={folder / 't.csv'}", *SMALL, *more]),
+        run_dir=run,
+        quiet=True,
+        floors=False,
+    )
+    return run, folder
+
+
+def test_several_labels_each_have_their_own_probability(labeller, tmp_path):
+    run, folder = labeller
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name, n in (("both.png", 2), ("deep/blue.png", 1), ("red.png", 0)):
+        Image.open(folder / f"{n}.png").resize((80, 44)).save(tmp_path / "in" / name)
+    rows = {row["image"]: row for row in table(predict(run, tmp_path / "in", tmp_path / "o.csv")[0])}
+    assert {name: row["predicted"] for name, row in rows.items()} == {
+        "both.png": "red;blue",
+        "deep/blue.png": "blue",
+        "red.png": "red",
+    }
+    assert list(rows["red.png"]) == ["image", "predicted", "p_red", "p_blue", "p_none"]
+    sums = {name: sum(float(row[f"p_{kind}"]) for kind in ("red", "blue", "none")) for name, row in rows.items()}
+    assert sums["both.png"] > 1.2  # no share of one: each label stands for itself
+    for row in table(run / "test_predictions.csv"):
+        (one,) = table(predict(run, folder / row["image"], tmp_path / "one.csv")[0])
+        assert one["predicted"] == row["predicted"]
+        assert float(one["p_red"]) == pytest.approx(float(row["p_red"]), abs=2e-5)
+    # Where nothing is likely the cell is empty, and the probabilities say so.
+    Image.fromarray(np.full((24, 32, 3), 40, np.uint8)).save(tmp_path / "dark.png")
+    (dark,) = table(predict(run, tmp_path / "dark.png", tmp_path / "dark.csv")[0])
+    assert all(float(dark[f"p_{kind}"]) <= 0.5 for kind in ("red", "blue", "none")) == (dark["predicted"] == "")
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory):
+    """A run that gives the brightness of each pixel as a value."""
+    folder = tmp_path_factory.mktemp("levels")
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for n in range(20):
+        level = np.full((32, 32), 20 + 11 * n, dtype=np.uint8)
+        level[:, 16:] //= 2
+        Image.fromarray(level).save(folder / "images" / f"{n}.png")
+        Image.fromarray(level).save(folder / "masks" / f"{n}.png")
+    more = ["model.task=values", "model.class_balance=0", "augment.colour=0", "trainer.epochs=30", "optim.lr=1e-2"]
+    more += ["model.head=plain", "optim.ema=0", "data.resize=stretch"]
+    run = tmp_path_factory.mktemp("runs") / "levels"
+    torch.manual_seed(0)
+    fit(
+        load_recipe("vision/segmentation", [f"data.path={folder}", *SMALL, *more]),
+        run_dir=run,
+        quiet=True,
+        floors=False,
+    )
+    return run, folder
+
+
+@pytest.mark.parametrize("more", [[], ["predict.window=32"], ["predict.flips=true"]])
+def test_values_come_as_floats_in_the_size_and_under_the_name_of_their_image(levels, tmp_path, more):
+    run, _ = levels
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    picture = np.full((40, 56), 180, np.uint8)
+    picture[:, 28:] = 60
+    Image.fromarray(picture).save(tmp_path / "in" / "deep" / "scan.tif")
+    Image.fromarray(picture).save(tmp_path / "in" / "scan.jpg")
+    files = predict(run, tmp_path / "in", tmp_path / "out", more)
+    assert [str(file.relative_to(tmp_path / "out")) for file in files] == ["deep/scan.tif", "scan.tif"]
+    for file in files:
+        with Image.open(file) as image:
+            assert image.mode == "F"
+            values = np.array(image)
+        assert values.shape == (40, 56)
+        assert values[:, :20].mean() > values[:, 36:].mean() + 0.2
+        assert values[:, :20].mean() == pytest.approx(180 / 255, abs=0.15)
+    # What predict writes can be read as data again.
+    assert torch.equal(read_values(files[0]), torch.from_numpy(np.array(Image.open(files[0]))))
+
+
+def test_one_value_everywhere_comes_back_as_one_value(levels, tmp_path):
+    run, _ = levels
+    image = Image.fromarray(np.full((24, 80), 128, np.uint8))
+    image.save(tmp_path / "flat.png")
+    (file,) = predict(run, tmp_path / "flat.png", tmp_path / "out")
+    assert file.name == "flat.tif"
+    values = np.array(Image.open(file))
+    assert values.shape == (24, 80)
+    assert values.std() < 0.1
+    assert values.mean() == pytest.approx(128 / 255, abs=0.15)
+    with pytest.raises(UserError, match=r"masks are written to a folder"):
+        predict(run, tmp_path / "flat.png", tmp_path / "o.tif")

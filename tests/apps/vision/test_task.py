@@ -72,6 +72,31 @@ def test_the_training_size_rises_to_that_of_the_data(colours, sizes, monkeypatch
     assert seen == [first] * 5 + [(32, 32)] * 5
 
 
+def test_a_border_stays_unseen_at_other_sizes_in_smaller_steps_and_in_the_mirror(colours, monkeypatch):
+    data, task = batch_and_task(
+        colours, "data.resize=pad", "model.eval_sizes=[16]", "augment.sizes=[16,32]", "augment.crop=null"
+    )
+    seen = []
+    task.model.register_forward_pre_hook(
+        lambda m, args: seen.append(tuple(map(tuple, (args[0].shape[2:], args[1][0].tolist()))))
+    )
+    monkeypatch.setattr(type(task), "global_step", 0)
+    task.loss(next(iter(train_loader(data, batch_size=4, seed=0))))
+    task.eval()
+    batch = next(iter(eval_loader(data, "test", batch_size=2)))
+    with torch.no_grad():
+        task.eval_update(batch)
+    # Images of 40 x 48 pixels in a square: 27 of 32 rows, or 13 of 16.
+    assert seen == [((16, 16), (14, 16)), ((32, 32), (27, 32)), ((16, 16), (13, 16))]
+    x, real = task._inputs(batch)
+    real[:, 1] = 20  # a border on the right, too
+    x[..., 20:] = 7.0
+    turned = x.clone()
+    turned[..., :20] = x[..., :20].flip(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(task.answer(x, real, flips=True), task.answer(turned, real, flips=True))
+
+
 def test_layer_decay_slows_the_layers_below(colours):
     _, task = batch_and_task(colours, "optim.layer_decay=0.5", "backbone.depth=2")
     optimizer = task.configure_optimizers()["optimizer"]
@@ -130,13 +155,13 @@ def test_weights_of_another_run_start_a_new_one_also_with_another_head(classifie
     small = ["model.stem=patch", "model.stem_width=null", "backbone.depth=2", "backbone.mlp_dim=32"]
     small.append(f"model.pretrained={classifier}")
     _, task = batch_and_task(colours, *small)
-    task.setup()
+    task.bring_weights()
     source = load_run(classifier).task.model.state_dict()
     assert all(torch.equal(weight, source[name]) for name, weight in task.model.state_dict().items())
     _, other = batch_and_task(colours, *small, "data.classes=[blue,green,red]")
-    other.setup()
+    other.bring_weights()
     weights = other.model.state_dict()
     assert weights["head.weight"].shape[0] == 3
     assert all(torch.equal(weight, source[name]) for name, weight in weights.items() if not name.startswith("head."))
     with pytest.raises(UserError, match="use the same backbone"):
-        batch_and_task(colours, *small, "backbone.dim=32")[1].setup()
+        batch_and_task(colours, *small, "backbone.dim=32")[1].bring_weights()

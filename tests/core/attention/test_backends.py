@@ -47,6 +47,8 @@ def test_set_backend_forces_and_gives_back():
     assert "sdpa: serves  <- runs" in explain_backend("softmax")
     with pytest.raises(ValueError, match=r"unknown backend 'tritn' \(did you mean 'triton'\?\)"):
         set_backend("tritn")
+    with pytest.raises(ValueError, match=r"unknown mechanism 'sofmax' \(did you mean 'softmax'\?\)"):
+        set_backend("torch", "sofmax")
 
 
 def test_a_new_implementation_joins_by_one_decorator(monkeypatch):

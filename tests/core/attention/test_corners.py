@@ -14,8 +14,9 @@ from core.attention import (
     sliding_window_attention,
     softmax_attention,
 )
+from core.attention.contract import Inputs
 from core.attention.positions import Rotation
-from core.attention.registry import register
+from core.attention.registry import available, register, variant_class
 from core.attention.variants.linear import sums
 from core.backbone import Decoder, Encoder
 from core.layout import expand_layout
@@ -119,6 +120,84 @@ def test_nothing_in_nothing_out(name):
         assert (out == 0).all()
         assert (mass == -torch.inf).all()
         out.sum().backward()
+
+
+def test_longformer_and_convolutions_of_nothing():
+    for layer in (Attention(16, 2, "longformer"), Attention(16, 2, "linear", causal=True, short_conv=4)):
+        assert layer(torch.zeros(2, 0, 16)).shape == (2, 0, 16)
+    encoder = Encoder(16, 1, 2, {"variant": "softmax"}, causal=True, positions="learned", max_length=8)
+    assert encoder.prefill(torch.zeros(0, 3, 16), encoder.init_state(0))[0].shape == (0, 3, 16)
+
+
+@pytest.mark.parametrize("name", [name for name in available() if "bidirectional" in variant_class(name).can])
+def test_what_is_masked_reaches_no_output_and_no_gradient(name):
+    """By the mechanism itself: the projections of a layer read padding as queries too."""
+    torch.manual_seed(0)
+    layer = Attention(16, 2, name).eval()  # hard attention draws anew in training
+    mask = torch.tensor([[True, True, True, False, False, False], [False] * 6])
+
+    def run(rubbish):
+        given = [torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        inputs = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(3))
+        for one in given[1:]:
+            one.masked_fill_(~mask[:, None, :, None], rubbish)
+        leaves = [one.requires_grad_() for one in given]
+        out = layer.variant(*leaves, key_mask=mask, inputs=Inputs(inputs)).out
+        wanted = [*leaves, *(one for one in layer.variant.parameters() if one.requires_grad)]
+        return out, torch.autograd.grad(out[0, :, :3].sum(), wanted, allow_unused=True)
+
+    (clean, wants), (got, grads) = run(0.0), run(torch.nan)
+    torch.testing.assert_close(got[0, :, :3], clean[0, :, :3])
+    assert (got[1] == 0).all(), "a query that sees no key gives 0"
+    for mine, theirs in zip(grads, wants):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear"])
+def test_rubbish_in_a_masked_context_reaches_no_weight(name):
+    layer, mask = Attention(16, 2, name), torch.tensor([[True, True, False]])
+    x, context = torch.randn(1, 4, 16), torch.randn(1, 3, 16)
+    rubbish = context.masked_fill(~mask.unsqueeze(-1), torch.nan)
+
+    def gradients(context):
+        y = layer(x, context, key_mask=mask) + layer.recall(x, layer.remember(context, key_mask=mask))
+        return torch.autograd.grad(y.sum(), list(layer.parameters()))
+
+    for mine, theirs in zip(gradients(rubbish), gradients(context)):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first dual number
+@pytest.mark.parametrize("name", ["softmax", "window", "linear", "hybrid", "gla"])
+def test_forward_mode_is_right_or_refused(name):
+    torch.manual_seed(0)
+    layer = Attention(8, 2, name, causal=True, backend="torch").double()
+    x, along = torch.randn(2, 1, 5, 8, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative: backend='reference' has one"):
+        torch.func.jvp(layer, (x,), (along,))
+    layer.backend = "reference"
+    _, got = torch.func.jvp(layer, (x,), (along,))
+    want = (layer(x + 1e-6 * along) - layer(x - 1e-6 * along)) / 2e-6
+    torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear", "window"])
+def test_functional_gradients_by_the_reference(name):
+    layer = Attention(8, 2, name, causal=True, backend="reference").double()
+    x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+    got = torch.func.grad(lambda x: layer(x).sin().sum())(x)
+    (want,) = torch.autograd.grad(layer(x).sin().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_bias_that_hides_every_key_gives_zero_everywhere():
+    q = torch.randn(1, 2, 3, 4)
+    bias = torch.zeros(1, 1, 3, 3)
+    bias[0, 0, 1] = -torch.inf
+    outs = [softmax_attention(q, q, q, bias=bias, backend=backend) for backend in ("reference", "torch", "sdpa")]
+    for out in outs:
+        assert (out[:, :, 1] == 0).all()
+        torch.testing.assert_close(out, outs[0])
 
 
 @pytest.mark.parametrize("name", ["softmax", "window", "linear", "hybrid"])

@@ -34,7 +34,11 @@ def test_construction_errors_name_what_is_valid(arguments, message):
         ),
         ("softmax", {"window": 3}, "attention 'softmax' has no option 'window'; it takes no options"),
         ("window", {"window": 0}, "window must be a whole number of at least 1"),
-        ("hybrid", {"window": 2.5}, "window must be a whole number of at least 1"),
+        ("hybrid", {"window": 2.5}, "window must be a whole number, got 2.5"),
+        ("linear", {"feature_dim": 2.0}, "feature_dim must be a whole number or null, got 2.0"),
+        ("delta", {"negative": "no"}, "negative must be true or false, got 'no'"),
+        ("softmax", {"short_conv": 4.0}, "short_conv is a number of taps"),
+        ("softmax", {"backend": "trch"}, r"unknown backend 'trch' \(did you mean 'torch'\?\)"),
         ("linear", {"feature_map": "identity"}, "signed"),
         ("linear", {"feature_map": "elu", "feature_dim": 9}, "feature_dim must be from 1 to the head width 8, got 9"),
         ("linear", {"dropout": 0.1}, "attention 'linear' cannot do 'dropout'; .*softmax can"),
@@ -74,6 +78,33 @@ def test_swapping_the_variant_keeps_every_other_weight():
         for variant in ("softmax", "window", "linear", "hybrid")
     }
     assert len(set(map(frozenset, names.values()))) == 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "luong"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["mask", "pack", "alibi"])
+def test_dropout_goes_with_masks_packs_and_alibi(name, causal, kind):
+    dropping, plain = (
+        Attention(16, 4, name, causal=causal, dropout=p, positions="alibi" if kind == "alibi" else None)
+        for p in (1e-9, 0.0)  # a probability that never drops, on the way that dropout takes
+    )
+    plain.load_state_dict(dropping.state_dict())
+    x = torch.randn(1 if kind == "pack" else 2, 6, 16)
+    options = {}
+    if kind == "mask":
+        options["key_mask"] = torch.tensor([[False, True, True, True, False, True], [False] * 6])
+    if kind == "pack":
+        options["cu_seqlens"] = torch.tensor([0, 2, 2, 6])
+    got, want = dropping(x, **options), plain(x, **options)
+    torch.testing.assert_close(got, want)
+
+    def gradients(y, layer):
+        return torch.autograd.grad(y.sin().sum(), list(layer.parameters()), allow_unused=True)
+
+    for mine, theirs in zip(gradients(got, dropping), gradients(want, plain)):
+        torch.testing.assert_close(mine, theirs)
+    dropping.dropout = 0.5
+    assert not torch.allclose(dropping(x, **options), dropping(x, **options))
 
 
 def test_dropout_acts_in_training_only():

@@ -11,9 +11,8 @@ from core.training.checkpoint import (
     UnreadableCheckpoint,
     newest_checkpoint,
     read_checkpoint,
-    remove_leftovers,
-    write_atomically,
 )
+from core.training.durable import remove_leftovers, write_atomically
 from core.training.errors import RunFailed, UserError
 
 
@@ -161,5 +160,6 @@ def test_the_newest_readable_one_is_taken_and_the_others_are_named(tmp_path):
 def test_leftovers_of_a_killed_write_are_removed(tmp_path):
     save(tmp_path / "last.ckpt")
     (tmp_path / ".last.ckpt.123.tmp").write_bytes(b"half")
+    (tmp_path / ".notes.tmp").write_text("of another program")
     remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.tmp", "last.ckpt"]

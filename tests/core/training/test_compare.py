@@ -16,7 +16,7 @@ from core.training.errors import Interrupted, UserError
 from core.training.ledger import read_runs
 from core.training.recipe import load_recipe
 from core.training.report import report
-from core.training.workers import start
+from core.training.workers import Job, _environment, start
 
 # Stands for `python -m apps fit`: writes what a run writes, in milliseconds. What it does comes from the environment:
 # FAKE_PLAN maps "variant/seed-n" to an action.
@@ -54,6 +54,8 @@ level = {"softmax": 0.4, "linear": 0.3, "window": 0.35}[run_dir.parts[-2].split(
 floors = {} if "--no-floors" in sys.argv else {"ridge": {"mse": 0.5}}
 mse = level + 0.01 * seed + 0.001 * (seed % 2) * level
 cost = {"step_ms": 10 * level, "parameters": 100, "threads": os.environ.get("OMP_NUM_THREADS")}
+rows = 10 if action == "other data" else 100
+(run_dir / "data.json").write_text(json.dumps({"rows": rows, "padding": 0.1 * seed}))
 (run_dir / "environment.json").write_text(json.dumps({"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}))
 (run_dir / "metrics.json").write_text(json.dumps({"test": {"mse": mse}, "floors": floors, "cost": cost}))
 """
@@ -201,6 +203,48 @@ def test_a_grid_gets_a_folder_per_setting(fake, toy):
     assert [table.setting for table in result.summary.tables] == [("data.width=4",), ("data.width=8",)]
 
 
+def test_settings_whose_names_look_alike_stay_apart(fake, toy):
+    grid = ["model.trap=d/a,d-a"]  # both would be called d-a
+    result = fake(grid=grid, seeds=1)
+    assert {run.run_dir for run in result.summary.runs} == {
+        f"model.trap=d-a{number}/{label}/seed-0" for number in ("", "-2") for label in ("linear", "softmax")
+    }
+    traps = [load_recipe(file).model.trap for file in (toy / "cmp" / "recipes").iterdir()]
+    assert sorted(traps) == ["d-a", "d-a", "d/a", "d/a"]
+    plots = [path.name for path in result.files if path.parent.name == "plots"]
+    assert len(plots) == len(set(plots)) > 0
+
+
+def test_a_comparison_that_is_continued_keeps_its_baseline_and_its_command_says_all(fake, toy):
+    fake(seeds=2, baseline="linear")
+    result = fake(seeds=1, variants=["softmax", "window"])
+    assert result.summary.plan.baseline == "linear"
+    asked = "--variants softmax,linear,window --seeds 2 --baseline linear --jobs 1"
+    assert result.summary.plan.command == f"longspan compare toy/demo {asked} --run-dir {toy}/cmp"
+    assert fake(seeds=1, baseline="softmax").summary.plan.baseline == "softmax"
+
+
+def test_threads_that_the_user_asks_for_are_given(fake, toy):
+    result = fake(jobs=2, seeds=1, overrides=["trainer.threads=5"])
+    assert {run.cost["threads"] for run in result.summary.runs} == {"5"}
+
+
+def test_runs_that_read_other_data_are_found_out(fake, toy):
+    assert not any("did not see the same data" in said for said in fake(seeds=1).summary.tables[0].warnings)
+    result = fake({"linear/seed-1": "other data"}, seeds=2)
+    assert any("did not see the same data" in said for said in result.summary.tables[0].warnings)
+
+
+def test_a_folder_called_apps_in_the_working_directory_does_no_harm(toy, toy_environment, monkeypatch):
+    (toy / "apps").mkdir()
+    (toy / "apps" / "__init__.py").write_text("raise SystemExit('the wrong apps')")
+    environment = _environment(Job("r.yaml", "softmax", 0, (), "run", "mse"), 0)
+    done = subprocess.run(
+        [sys.executable, "-m", "apps", "list", "apps"], cwd=toy, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, "timeseries" in done.stdout) == (0, True), done.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -212,7 +256,9 @@ def test_another_question_needs_another_folder(fake, toy, changes, says):
     fake(seeds=1)
     with pytest.raises(UserError, match=says):
         fake(seeds=1, **changes)
-    fake(seeds=1, overrides=["trainer.threads=1"])  # says how fast, not what is learned
+    fake(
+        seeds=1, overrides=["trainer.threads=1", "predict.scale=2"]
+    )  # say how fast and what later, not what is learned
 
 
 def interrupt(toy_environment, toy, plan: dict, *, first: int, second: int | None = None) -> tuple[int, str, float]:

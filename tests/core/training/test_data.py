@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from core.training.data import Data, EpochOrder, Loader, eval_loader, mix, padding_share, train_loader
 from core.training.errors import UserError
@@ -136,3 +136,22 @@ def test_an_empty_part_is_the_users_mistake():
         train_loader(empty, batch_size=2, seed=0)
     with pytest.raises(UserError, match="the val part of the data has no items"):
         eval_loader(empty, "val", batch_size=2)
+
+
+class Broken(Dataset):
+    """Its third item cannot be read."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise UserError("cannot read c.png: not an image")
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_worker_finds_is_one_line(workers):
+    with pytest.raises(UserError) as error:
+        list(Loader(Broken(), EpochOrder(4, 1), workers=workers))
+    assert str(error.value) == "cannot read c.png: not an image"

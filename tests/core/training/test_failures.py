@@ -139,7 +139,7 @@ def test_full_disk_while_saving_keeps_the_checkpoint_that_was_there(toy, capsys,
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_the_error_of_a_real_full_device_is_understood(toy):
-    from core.training.checkpoint import _Sink
+    from core.training.durable import _Sink
 
     descriptor = os.open("/dev/full", os.O_WRONLY)
     sink = _Sink(descriptor)

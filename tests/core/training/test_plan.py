@@ -44,6 +44,10 @@ def test_the_command_of_the_plan_asks_the_same_question(monkeypatch):
     monkeypatch.setattr("core.training.compare.compare", compare)
     plan = request(overrides=["data.items=90"], grid=["data.width=4,8"], seeds=[4, 7], baseline="linear")
     main(shlex.split(plan.command)[1:])
+    assert asked["seeds"] == [4, 7]
+    main(shlex.split(request(seeds=[3]).command)[1:])
+    assert asked["seeds"] == [3], "one seed, not three"
+    main(shlex.split(plan.command)[1:])
     names = ("variants", "seeds", "overrides", "grid", "baseline", "jobs")
     again = make_plan("toy/demo", **{name: asked[name] for name in names})
     assert replace(again, environment=plan.environment) == plan  # the environment has the time of day
@@ -61,8 +65,15 @@ def test_a_grid_is_the_product_of_its_axes():
     assert len(plan.planned()) == 4 * 2 * 2
 
 
+def test_a_grid_is_read_as_recipes_are():
+    plan = request(grid=["model.trap=no,12:30,010,'x,y'"])
+    assert [config["model"]["trap"] for config in plan.configs] == ["no", "12:30", "010", "x,y"]
+    assert plan.settings[0] == ("model.trap=no",)
+
+
 def test_threads_are_shared_among_jobs(monkeypatch):
     monkeypatch.setattr(planning, "_cores", lambda: 16)
+    assert request(jobs=3, overrides=["trainer.threads=2"]).threads == 2
     assert [request(jobs=jobs).threads for jobs in (1, 3, 32)] == [None, 5, 1]
 
 
@@ -118,6 +129,8 @@ def test_the_recipes_own_attention_may_take_part(tmp_path):
         ({"overrides": ["seed=3"]}, "--seeds"),
         ({"grid": ["seed=1,2"]}, "--seeds"),
         ({"grid": ["data.width"]}, "key=value,value"),
+        ({"grid": ["optim.lr=1e-3,0.5,0.001"]}, r"optim\.lr=.*: 1e-3 and 0\.001 are the same value"),
+        ({"grid": ["data.width=4", "data.width=8"]}, r"data\.width is there twice; give all its values at once"),
         ({"grid": ["data.wdth=1,2"]}, r"data\.wdth.*did you mean"),
         ({"overrides": ["optim.lr=fast"]}, r"optim\.lr"),
     ],

@@ -23,7 +23,8 @@ def test_dump_and_load_are_inverse(toy):
     overrides = [
         "attention={s: softmax, l: {variant: linear, feature_map: relu}}",
         "backbone.layout=lls",
-        "model.trap=no",
+        "model.trap='1e3'",
+        "model.judge=12:30",
     ]
     recipe = load_recipe("toy/demo", overrides)
     (toy / "copy.yaml").write_text(dump(recipe))
@@ -46,6 +47,31 @@ def test_dump_and_load_are_inverse(toy):
 def test_switching_the_variant_keeps_the_options_that_the_new_one_has(overrides, attention, toy):
     values = {"app": "toy", "attention": {"variant": "hybrid", "window": 8, "feature_map": "elu"}}
     assert build_recipe(values, overrides).attention == attention
+
+
+def test_switching_the_variant_keeps_the_options_of_the_layer(toy):
+    values = {"app": "toy", "attention": {"variant": "hybrid", "window": 8, "short_conv": 3}}
+    assert build_recipe(values, ["attention=linear"]).attention == {"variant": "linear", "short_conv": 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "told"),
+    [
+        ({"app": "toy", 1: 2}, [], "recipe: unknown key '1'; known there: app, "),
+        ({"app": ["toy"]}, [], "recipe: app: unknown app ['toy'] (did you mean 'toy'?); known: "),
+        ({"app": "toy"}, ["data={1: 2}"], "override 'data={1: 2}': unknown key 'data.1'; known there: items, "),
+        (
+            {"app": "toy"},
+            ["backbone.positions=ropee"],
+            "must be 'sinusoidal', 'learned', 'rope', 'rope2d' or 'alibi', got",
+        ),
+        ({"app": "toy"}, ["backbone.positions=ropee"], "got 'ropee' (did you mean 'rope'?)"),
+    ],
+)
+def test_odd_keys_and_values_are_told_in_one_line(values, overrides, told, toy):
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        build_recipe(values, overrides)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_one_variant_for_all_layers_drops_the_layout(toy):
@@ -143,6 +169,13 @@ def test_two_mistakes_are_two_lines(toy):
         "override 'optim.lr=-1'",
         "override 'trainer.epochs=0'",
     ]
+
+
+def test_what_is_wrong_with_a_section_is_blamed_on_the_overrides_that_it_names(toy):
+    with pytest.raises(
+        UserError, match=r"^override 'backbone.dim=16 backbone.heads=3': backbone: heads must divide dim"
+    ):
+        load_recipe("toy/demo", ["backbone.dim=16", "backbone.heads=3", "backbone.mlp_dim=32"])
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,21 @@ import math
 import re
 import subprocess
 import sys
+from base64 import b64decode
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from core.training.errors import UserError
 from core.training.ledger import Plan, Run, append_run, write_plan
+from core.training.plots import STYLE, WIDTH, _legend
 from core.training.report import load_summary, report
 from core.training.tables import print_comparison
 
@@ -184,7 +189,7 @@ def test_a_grid_gives_a_table_per_setting(tmp_path):
     )
     report(tmp_path)
     page = plain((tmp_path / "report.html").read_text())
-    assert "The best mean mse is linear's in all 2 settings" in page
+    assert "The first place by mse is linear's in all 2 settings" in page
     assert page.count("Learning curves") == 2
     assert (tmp_path / "plots" / "data.horizon=720-curves.svg").is_file()
     text = (tmp_path / "report.md").read_text()
@@ -237,3 +242,38 @@ def test_a_report_needs_no_torch(finished):
     )
     done = subprocess.run([sys.executable, "-c", code, str(finished)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pictures_that_runs_leave_stand_on_the_page_one_per_variant(tmp_path, monkeypatch):
+    from core.training import report as pages
+    from core.training.app import Sheet, get_app
+
+    write_comparison(tmp_path / "c", variants=("softmax", "linear", "window"), seeds=2)
+    for variant, seed in (("window", 0), ("softmax", 1), ("softmax", 0)):
+        (tmp_path / "c" / variant / f"seed-{seed}" / "look.png").write_bytes(f"{variant} {seed}".encode())
+    app = replace(get_app("timeseries"), sheet=Sheet("look.png", "A look inside", "Left & right."))
+    monkeypatch.setattr(pages, "apps", lambda: {"timeseries": app})
+    report(tmp_path / "c")
+    page = (tmp_path / "c" / "report.html").read_text()
+    found = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="A look inside: (\w+)"', page)
+    # In the order of the variants, the first seed that left one.
+    assert [(b64decode(content), label) for content, label in found] == [
+        (b"softmax 0", "softmax"),
+        (b"window 0", "window"),
+    ]
+    assert "Left &amp; right. The files are look.png in the folders of the runs." in page
+    assert "![softmax, seed 0](softmax/seed-0/look.png)" in (tmp_path / "c" / "report.md").read_text()
+    monkeypatch.setattr(pages, "apps", dict)  # a machine without the app
+    report(tmp_path / "c")
+    assert "<img" not in (tmp_path / "c" / "report.html").read_text()
+
+
+def test_legends_fit_the_page_however_long_the_names(tmp_path):
+    names = [f"linear:feature_map=focused:conv={n}" for n in range(9)]
+    plan = replace(write_comparison(tmp_path / "c"), variants={name: {} for name in names})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3), layout="constrained")
+        _legend(figure, plan, names, lines=True)
+        figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x1 <= figure.bbox.x1

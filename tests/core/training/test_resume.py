@@ -16,6 +16,7 @@ import torch
 from core.training.checkpoint import read_checkpoint
 from core.training.errors import Interrupted, UserError
 from core.training.fit import fit
+from core.training.run import load_run
 
 # Everything that has a state: dropout and two foreign generators (the toy's loss), EMA, accumulation, early stopping,
 # a schedule, a last batch that is smaller.
@@ -210,6 +211,21 @@ def test_finished_run_is_returned_as_it_is(uninterrupted, toy):
     assert result.epochs == 4
     after = {path: path.stat().st_mtime_ns for path in before}
     assert after == {**before, uninterrupted / ".lock": after[uninterrupted / ".lock"]}
+
+
+def test_the_weights_that_a_run_starts_from_are_brought_once(toy, monkeypatch):
+    from longspan_toy.task import ToyTask
+
+    brought = []
+    monkeypatch.setattr(ToyTask, "bring_weights", lambda self: brought.append(self.model[0].weight.data.fill_(0.5)))
+    with pytest.raises(Interrupted):
+        fit("toy/demo", overrides=["model.trap=term@7", "optim.lr=1e-9"], run_dir="run")
+    saved = read_checkpoint("run/checkpoints/last.ckpt")["state_dict"]["model.0.weight"]
+    assert torch.allclose(saved, torch.tensor(0.5), atol=1e-3)
+    remove_trap(toy / "run")
+    fit("toy/demo", overrides=["optim.lr=1e-9"], run_dir="run", resume=True)
+    load_run("run")
+    assert len(brought) == 1, "a resumed or loaded run has its own"
 
 
 def test_run_folder_is_not_taken_twice(uninterrupted, toy):

@@ -122,3 +122,12 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"hub:org/name: cannot be loaded: ConnectionError: no route$"):
         read_rows("hub:org/name")
+
+
+def test_a_gzip_file_that_is_damaged_inside_is_named(tmp_path):
+    path = tmp_path / "x.csv.gz"
+    content = bytearray(gzip.compress(("a,b\n" + "1,2\n" * 50_000).encode()))
+    content[40:60] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.csv\.gz: after line \d+: not a whole gzip file"):
+        list(read_rows(path))

@@ -5,18 +5,21 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from core.training.app import get_app
+from core.training.callbacks import Meter
 from core.training.checkpoint import read_checkpoint
 from core.training.data import eval_loader
-from core.training.errors import UserError
+from core.training.errors import Interrupted, UserError
 from core.training.evaluation import run_evaluation
 from core.training.fit import evaluate, fit
 from core.training.interrupt import Stop
+from core.training.ledger import read_curve
 from core.training.predict import inspect, predict
 from core.training.randomness import random_state
 from core.training.recipe import load_recipe
@@ -92,6 +95,74 @@ def test_training_improves_on_the_floor_and_evaluate_repeats_the_figure(toy):
     assert not loaded.task.training
 
 
+def stop_in_the_second_epoch():
+    with pytest.raises(Interrupted):
+        fit("toy/demo", run_dir="run", overrides=["model.trap=term@7"])
+    recipe = Path("run/recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("trap: term@7", "trap: null"))
+
+
+def test_evaluating_an_unfinished_run_does_not_finish_it(toy):
+    stop_in_the_second_epoch()
+    so_far = evaluate("run")
+    assert so_far["test"]["mse"] > 0
+    assert json.loads((toy / "run" / "metrics-unfinished.json").read_text()) == so_far
+    assert not (toy / "run" / "metrics.json").exists()
+    result = fit("toy/demo", run_dir="run", resume=True)
+    assert result.epochs == 3
+    assert not (toy / "run" / "metrics-unfinished.json").exists()
+    (toy / "run" / "failure.json").write_text("{}")
+    evaluate("run")
+    assert not (toy / "run" / "failure.json").exists(), "a run that is finished and tested has not failed"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_without_its_best_epoch_a_run_gives_no_figures(damage, run, toy):
+    shutil.copytree(run.run_dir, toy / "copy")
+    best, last = (toy / "copy" / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    if damage == "cut":
+        best.write_bytes(best.read_bytes()[:5000])
+    else:
+        best.unlink()
+    (toy / "in.txt").write_text(" ".join(["0.5"] * 8))
+    before = (toy / "copy" / "metrics.json").read_bytes()
+    told = "the checkpoint of the best epoch cannot be used .*copy last.ckpt to copy/checkpoints/best.ckpt"
+    for ask in (lambda: predict("copy", "in.txt", "out.txt"), lambda: evaluate("copy"), lambda: load_run("copy")):
+        with pytest.raises(UserError, match=told):
+            ask()
+    assert (toy / "copy" / "metrics.json").read_bytes() == before
+    assert not (toy / "out.txt").exists()
+    shutil.copy(last, best)
+    assert evaluate("copy", floors=False)["val"]["mse"] == 3, "the figures are of the epoch whose weights are tested"
+
+
+def test_data_that_changed_is_refused_on_resume_and_test(toy, monkeypatch):
+    import longspan_toy.data
+
+    build = longspan_toy.data.build_data
+
+    def with_scale(mean, more=0):
+        def build_data(recipe):
+            data = build(recipe)
+            data.spec |= {"scaler": {"mean": [0.0, mean]}, "fit": {"shape": [1], "float32": str(mean)}}
+            data.spec |= {"new": 1} if more else {}
+            return data
+
+        monkeypatch.setattr(longspan_toy.data, "build_data", build_data)
+
+    with_scale(1.5)
+    stop_in_the_second_epoch()
+    with_scale(15.0)
+    told = r"run was trained on other data: scaler\.mean\.1 was 1\.5, now it is 15\.0; bring it back"
+    with pytest.raises(UserError, match=told):
+        fit("toy/demo", run_dir="run", resume=True)
+    with pytest.raises(UserError, match=told):
+        evaluate("run")
+    with_scale(1.5 + 1e-9, more=1)  # summed in another order, by a later version
+    assert fit("toy/demo", run_dir="run", resume=True).epochs == 3
+    assert evaluate("run")["test"]
+
+
 def test_a_checkpoint_file_alone_is_enough_to_predict(run, toy):
     shutil.copy(run.run_dir / "checkpoints" / "best.ckpt", toy / "alone.ckpt")
     (toy / "in.txt").write_text(" ".join(["0.5"] * 16))
@@ -104,6 +175,18 @@ def test_a_checkpoint_file_alone_is_enough_to_predict(run, toy):
         predict("alone.ckpt", "nope.txt", "out.txt")
     with pytest.raises(UserError, match="is a checkpoint file; give the folder of the run"):
         evaluate("alone.ckpt")
+
+
+def test_the_users_own_file_is_never_written_over(run, toy):
+    (toy / "in.txt").write_text(" ".join(["0.5"] * 8))
+    (toy / "link.txt").symlink_to("in.txt")
+    (toy / "folder.txt").mkdir()
+    for output in ("in.txt", "./in.txt", "link.txt"):
+        with pytest.raises(UserError, match="is the input itself, which would be lost; choose another name"):
+            predict(run.run_dir, "in.txt", output)
+    with pytest.raises(UserError, match=r"--output folder\.txt is a folder; a file is wanted"):
+        predict(run.run_dir, "in.txt", "folder.txt")
+    assert (toy / "in.txt").read_text() == " ".join(["0.5"] * 8)
 
 
 def test_settings_of_predict_may_change_after_training_and_nothing_else(run, toy):
@@ -119,6 +202,17 @@ def test_settings_of_predict_may_change_after_training_and_nothing_else(run, toy
         predict(run.run_dir, "in.txt", "out.txt", ["predict.scal=2"])
 
 
+def test_a_mistake_that_training_finds_at_its_start_leaves_the_name_free(toy, monkeypatch):
+    def refuse(self, stage):
+        raise UserError("the weights do not fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "setup", refuse)
+        with pytest.raises(UserError, match="the weights do not fit"):
+            fit("toy/demo", run_dir="again", quiet=True)
+    assert fit("toy/demo", run_dir="again", quiet=True, overrides=["trainer.epochs=1"]).status == "ok"
+
+
 def test_inspect_writes_into_a_folder_or_says_that_there_is_nothing(run, toy, monkeypatch):
     (toy / "in.txt").write_text("")
     assert [str(path) for path in inspect(run.run_dir, "in.txt", "deep/look", ["predict.scale=2"])] == [
@@ -126,7 +220,7 @@ def test_inspect_writes_into_a_folder_or_says_that_there_is_nothing(run, toy, mo
     ]
     assert (toy / "deep" / "look" / "weights.txt").read_text() == "2.0 in.txt"
     (toy / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the folder of 'file'"):
+    with pytest.raises(UserError, match="--output file is a file; a folder is wanted"):
         inspect(run.run_dir, "in.txt", "file")
     blind = replace(get_app("toy"), inspect=None)
     monkeypatch.setattr("core.training.run.get_app", lambda _: blind)
@@ -163,6 +257,13 @@ def test_accumulation_is_a_larger_batch(toy):
     assert small.metrics["test"]["mse"] == pytest.approx(large.metrics["test"]["mse"], rel=1e-4)
 
 
+def test_a_step_is_one_of_the_optimiser(monkeypatch):
+    meter = Meter(items=10, batch_size=2, tokens_per_item=1, accumulate=2)
+    meter.batches = 5  # three steps
+    monkeypatch.setattr(meter, "_elapsed", lambda: 3.0)
+    assert meter.finish_epoch(torch.device("cpu"))["step_ms"] == 1000
+
+
 def test_max_steps_ends_the_run_in_the_middle_of_an_epoch(toy):
     result = fit("toy/demo", run_dir="run", overrides=["trainer.max_steps=8"], floors=False)
     last = read_checkpoint(toy / "run" / "checkpoints" / "last.ckpt")
@@ -170,6 +271,28 @@ def test_max_steps_ends_the_run_in_the_middle_of_an_epoch(toy):
     assert result.epochs == 2
     with (toy / "run" / "metrics.csv").open() as file:
         assert float(list(csv.DictReader(file))[-1]["lr"]) == 0, "the schedule is that of 8 steps"
+
+
+def test_figures_that_come_and_go_keep_their_columns_and_their_means(toy, monkeypatch):
+    """As where a model is converted: first one figure, later two others, and one of them only in some batches."""
+    from longspan_toy.task import ToyTask
+
+    real = ToyTask.loss
+
+    def loss(self, batch):
+        found, batch_idx = real(self, batch)[0], self.batches
+        if self.current_epoch == 0:
+            return found, {"transfer": torch.tensor(7.0)}
+        return found, {"distance": torch.tensor(3.0)} | ({"rare": torch.tensor(5.0)} if batch_idx % 2 else {})
+
+    monkeypatch.setattr(ToyTask, "loss", loss)
+    fit("toy/demo", run_dir="run", floors=False)
+    table = toy / "run" / "metrics.csv"
+    assert read_curve(table, "train_transfer") == [(6, 7)]
+    assert read_curve(table, "train_distance") == [(12, 3), (18, 3)]
+    assert read_curve(table, "train_rare") == [(12, 5), (18, 5)]
+    assert [step for step, _ in read_curve(table, "val_mse")] == [6, 12, 18]
+    assert len({line.count(",") for line in table.read_text().splitlines()}) == 1
 
 
 def test_clipping_bounds_the_gradient(toy, monkeypatch):

@@ -108,3 +108,11 @@ def test_every_interval_holds_its_figure():
         assert len(bounded) >= 3
         for name in bounded:
             assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"], name
+
+
+def test_a_target_that_is_constant_but_for_rounding_has_no_r2():
+    target = np.full(3, 0.1)
+    assert target.mean() != 0.1, "the case: the mean misses the values by a digit"
+    found = regression(np.array([0.1, 0.2, 0.3]), target)
+    assert (found["r2"], found["pearson"], found["spearman"]) == (0, 0, 0)
+    assert regression(np.array([1.0, 2.0]), np.array([1e-9, 3e-9]))["pearson"] == pytest.approx(1)

@@ -139,6 +139,8 @@ def test_one_seed_separates_nothing():
     )
     assert table.rows[1].baseline.verdict == "not separable"
     assert table.warnings[0] == "One seed cannot tell whether a variant beats the best floor (r, mse 5.0000)."
+    alike = table_of(plan_of(["softmax", "linear"], seeds=1), {"softmax": [0.5], "linear": [0.5]})
+    assert alike.headline.startswith("One seed cannot separate variants: all of them reach mse 0.5000;")
 
 
 def test_a_variant_that_fails_now_and_then_is_no_answer():
@@ -148,6 +150,52 @@ def test_a_variant_that_fails_now_and_then_is_no_answer():
     assert table.rows[1].failed == [4]
     assert table.rows[1].baseline.difference.n == 4
     assert "linear: 1 of 5 runs failed or went NaN; its mean leaves them out." in table.warnings
+
+
+SOFTMAX, LINEAR = [0.30, 0.31, 0.32, 0.31, 0.30], [0.20, 0.22, 0.21, 0.215]
+
+
+def test_a_variant_that_is_better_where_it_finishes_is_named_with_its_failures():
+    table = table_of(plan_of(["softmax", "linear"]), {"softmax": SOFTMAX, "linear": [*LINEAR, None]})
+    assert table.rows[1].baseline.verdict == "better"
+    assert table.headline == (
+        "linear (mse 0.211 ± 0.009 over 4 seeds; 1 of 5 runs failed or went NaN) is better than softmax (mse 0.308 ± "
+        "0.008 over 5 seeds) in the seeds that both finished; settle the failed runs before you choose."
+    )
+
+
+def test_a_missing_run_does_not_make_another_variant_the_best():
+    table = table_of(
+        plan_of(["softmax", "linear"]), {"softmax": SOFTMAX, "linear": LINEAR}, floors={"r": {"mse": 0.25}}
+    )
+    assert table.best == "linear"
+    assert table.headline.startswith("Use linear here: mse 0.211 ± 0.009 over 4 seeds, better than softmax")
+    failed = {"softmax": SOFTMAX, "linear": [*LINEAR, None]}
+    table = table_of(plan_of(["softmax", "linear"]), failed, floors={"r": {"mse": 0.25}})
+    assert table.headline.startswith(
+        "linear (mse 0.211 ± 0.009 over 4 seeds; 1 of 5 runs failed or went NaN) is better"
+    )
+    assert table.headline.endswith(
+        "than the floor r (mse 0.250); softmax (mse 0.308 ± 0.008 over 5 seeds) is worse than it."
+    )
+
+
+def test_where_seeds_are_missing_variants_are_ranked_within_seeds():
+    # linear has only seen the two easy seeds: its mean is the best, its differences are not.
+    table = table_of(plan_of(["softmax", "linear"]), {"softmax": [0.1, 0.12, 0.5, 0.6, 0.7], "linear": [0.11, 0.14]})
+    assert table.best == "softmax"
+    assert "softmax comes first in the seeds that are shared" in table.headline
+    one = table_of(plan_of(["softmax", "linear"]), {"softmax": noisy(0.4), "linear": [0.1]})
+    assert one.best == "softmax", "one seed decides nothing"
+
+
+def test_the_sentence_does_not_deny_what_the_table_separates():
+    # window comes first with much noise of its own; linear is behind it and surely better than softmax.
+    values = {"softmax": [0.4] * 5, "window": [0.1, 0.45, 0.2, 0.5, 0.3], "linear": [0.379, 0.38, 0.381, 0.38, 0.379]}
+    table = table_of(plan_of(["softmax", "window", "linear"]), values)
+    assert [row.baseline and row.baseline.verdict for row in table.rows] == [None, "not separable", "better"]
+    assert table.headline.startswith("window has the best mean (mse 0.31")
+    assert "linear (mse 0.380 ± 0.001 over 5 seeds) is better than the baseline softmax" in table.headline
 
 
 def test_a_variant_alone_is_not_recommended_over_those_that_failed():

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from core.attention import kernels
 
@@ -35,6 +36,31 @@ def _poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels, as they are launched."""
+    names = []
+
+    def noted(run, name):
+        def launch(self, *args, **options):
+            names.append(name(self))
+            with _disable_current_modes():  # what the interpreter copies is no launch
+                return run(self, *args, **options)
+
+        return launch
+
+    if kernels.INTERPRETED:
+        from triton.runtime.interpreter import GridExecutor
+
+        run = noted(GridExecutor.__call__, lambda self: self.fn.__name__)
+        monkeypatch.setattr(GridExecutor, "__call__", run)
+    else:
+        from triton.runtime.jit import JITFunction
+
+        monkeypatch.setattr(JITFunction, "run", noted(JITFunction.run, lambda self: self.__name__))
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from core.attention import hybrid_attention, linear_attention, sliding_window_attention
+from core.attention import Attention, hybrid_attention, linear_attention, sliding_window_attention
 from core.attention.contract import Heads, Inputs
 from core.attention.kernels import delta, gated, hybrid
 from core.attention.positions import alibi_slopes
@@ -139,6 +139,27 @@ def test_runs_inside_a_cuda_graph(device):
     graph.replay()
     assert torch.equal(got, want)
     assert torch.equal(again, recalled)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "window"])
+def test_steps_replay_inside_a_cuda_graph(name, device):
+    """A step reads positions and masks on the device: the graph that was recorded once serves every later token."""
+    options = {"num_kv_heads": 2, "causal": True, "positions": "rope", "window": 64, "backend": "triton"}
+    layer = Attention(512, 4, name, **options).to(device, torch.bfloat16)
+    x = torch.randn(8, 200, 512, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        want = layer(x)
+        _, state = layer.prefill(x[:, :190], layer.init_state(8))
+        token, _ = x[:, 190].clone(), layer.step(x[:, 190], state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, new = layer.step(token, state)
+        for t in range(190, 200):
+            token.copy_(x[:, t])
+            graph.replay()
+            torch.testing.assert_close(y, want[:, t], rtol=3e-2, atol=3e-2)
+            for key, value in new.items():
+                state[key].copy_(value)
 
 
 def gated_inputs(kind, length, dtype, device, heads=4, kept=2, batch=2, width=64, values=128):

@@ -125,7 +125,8 @@ def test_a_layer_computes_focused_in_the_kernel_and_steps_by_its_features(device
         torch.testing.assert_close(torch.cat((read, step[:, None]), 1), y, rtol=1e-4, atol=1e-5)
         results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))))
     for got, want in zip(*results):
-        torch.testing.assert_close(got, want, rtol=3e-4, atol=5e-5)
+        # Gradients at keys are differences of large numbers: both backends are as far from float64.
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * (1 + want.abs().max().item()))
 
 
 @pytest.mark.parametrize(("span", "options"), WIDE)

@@ -44,6 +44,11 @@ def given(device):
     beta, state = torch.rand(1, 1, 9, device=device).requires_grad_(), made(1, 1, 4, 3)
     one = [x.detach()[:, :, :1] for x in (q, k, v)]
     sums = torch.rand(1, 1, 4, 4, device=device)
+    ring, at = (
+        (made(1, 1, 3, 4, grad=False), made(1, 1, 3, 3, grad=False), mask[:, :3]),
+        torch.tensor([5], device=device),
+    )
+    tail = *one[:2], None, made(2, grad=False), None, None, *ring, sums, torch.ones(1, device=device), at, at
     past = (None, None, None, None, "elu", "past", 0, True)
     grouped = [made(1, 1, 2, 9, 4), made(1, 1, 1, 9, 4), made(1, 1, 1, 9, 3)]
     a, c, values = made(1, 2, 12, 4), made(1, 2, 12, 4), made(1, 2, 12, 3)
@@ -72,6 +77,8 @@ def given(device):
         ),
         "linear_kernel_step": (*one, None, None, sums, None, "elu", True),
         "decay_kernel_step": (*one, g.detach()[:, :, :1], state.detach()),
+        "hybrid_kernel_step": (*one, *tail, "elu", 0.5, 1e4, False, True),
+        "window_kernel_step": (*one, None, None, *ring, 0.5),
         "delta_kernel_step": (*one, g.detach()[:, :, :1], beta.detach()[:, :, :1], state.detach()),
     }  # fmt: skip
 
