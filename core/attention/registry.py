@@ -111,11 +111,11 @@ def _check(name: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> N
         if option not in known:
             takes = f"it takes {', '.join(sorted(known))}" if known else "it takes no options"
             raise ValueError(f"attention {name!r} has no option {option!r}{nearest(option, known)}; {takes}")
-        kinds = re.findall(r"\w+", entry(name).kinds.get(option, ""))
+        kinds = re.findall(r"\w+", entry(name).kinds.get(option, "")) or [type(known[option]).__name__]
         given = "None" if value is None else type(value).__name__
-        if not set(kinds) - set(KINDS) and kinds and given not in (*kinds, *(["int"] if "float" in kinds else [])):
+        if not set(kinds) - set(KINDS) and given not in (*kinds, *(["int"] if "float" in kinds else [])):
             told = " or ".join(KINDS[kind] for kind in kinds)
-            raise ValueError(f"{option} must be {told}, got {value!r} (attention {name!r})")
+            raise ValueError(f"{name}: {option} must be {told} (default {known[option]!r}), got {value!r}")
 
 
 def _written(annotation: Any) -> str:

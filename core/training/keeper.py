@@ -87,7 +87,8 @@ class Keeper(Checkpoint):
             task.loss_sum = None if sums["loss"] is None else sums["loss"].to(task.device)
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]
-            task.extra_counts = sums.get("counts") or {name: task.batches for name in task.extra_sums}
+            counts: dict[str, int] | None = sums.get("counts")
+            task.extra_counts = dict.fromkeys(task.extra_sums, task.batches) if counts is None else counts
             set_random_state(self.resumed["random"])
             self.resumed = None
         self.stop.install()
