@@ -326,7 +326,7 @@ def test_bad_options_name_what_is_valid():
         ("bigbird", {"window": 4}, "window counts blocks around the own one and must be odd, got 4"),
         ("bigbird", {"block": 0}, "block must be a whole number of at least 1, got 0"),
         ("bigbird", {"random": -1}, "random must be a whole number of at least 0, got -1"),
-        ("longformer", {"window": True}, r"window must be a whole number of (default 64), got True"),
+        ("longformer", {"window": True}, r"window must be a whole number \(default 64\), got True"),
         ("longformer", {"global_tokens": -1}, r"global_tokens must be a whole number of at least 0, got -1"),
         ("fixed", {"stride": 4, "summary": 0}, r"summary must be a whole number of at least 1, got 0"),
     ]:
