@@ -87,7 +87,8 @@ class Keeper(Checkpoint):
             task.loss_sum = None if sums["loss"] is None else sums["loss"].to(task.device)
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]
-            task.extra_counts = sums.get("counts") or {name: task.batches for name in task.extra_sums}
+            had = "counts" in sums  # checkpoints of earlier versions have none
+            task.extra_counts = sums["counts"] if had else dict.fromkeys(task.extra_sums, task.batches)
             set_random_state(self.resumed["random"])
             self.resumed = None
         self.stop.install()

@@ -103,8 +103,14 @@ def test_a_named_layout_is_spelled_out_for_the_depth(value, toy):
         ("attention=linaer", "attention: unknown attention 'linaer' (did you mean 'linear'?); known: "),
         ("attention={variant: window, windw: 3}", "attention 'window' has no option 'windw' (did you mean 'window'?)"),
         ("attention={variant: window, window: 0}", "window must be at least 1 (a position sees itself), got 0"),
-        ("attention={variant: window, window: wide}", "window: window must be an integer (default 64), got 'wide'"),
-        ("attention={variant: window, window: true}", "window: window must be an integer (default 64), got True"),
+        (
+            "attention={variant: window, window: wide}",
+            "attention: window must be a whole number, got 'wide' (attention 'window')",
+        ),
+        (
+            "attention={variant: window, window: true}",
+            "attention: window must be a whole number, got True (attention 'window')",
+        ),
         ("attention=3", "attention: must be a variant's name or a mapping with the key 'variant', got 3"),
         ("attention={windw: 3}", "must name a 'variant', or map letters"),
         ("attention={}", "must name a 'variant', or map letters"),
