@@ -88,7 +88,7 @@ class Keeper(Checkpoint):
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]
             had = "counts" in sums  # checkpoints of earlier versions have none
-            task.extra_counts = sums["counts"] if had else dict.fromkeys(task.extra_sums, task.batches)
+            task.extra_counts = sums["counts"] if had else dict.fromkeys(task.extra_sums, int(sums["batches"]))
             set_random_state(self.resumed["random"])
             self.resumed = None
         self.stop.install()
