@@ -87,8 +87,8 @@ class Keeper(Checkpoint):
             task.loss_sum = None if sums["loss"] is None else sums["loss"].to(task.device)
             task.extra_sums = {name: total.to(task.device) for name, total in sums["extras"].items()}
             task.batches = sums["batches"]
-            counts: dict[str, int] | None = sums.get("counts")
-            task.extra_counts = dict.fromkeys(task.extra_sums, task.batches) if counts is None else counts
+            had = "counts" in sums  # checkpoints of earlier versions have none
+            task.extra_counts = sums["counts"] if had else dict.fromkeys(task.extra_sums, int(sums["batches"]))
             set_random_state(self.resumed["random"])
             self.resumed = None
         self.stop.install()
