@@ -112,13 +112,13 @@ def inner_gradient(
     anchor = tl.load(b + i0 * F + f, mask=f < F, other=0.0)[None, :]
     earlier = tl.zeros([ROWS, FP], tl.float32)
     for j0 in range(begin, i0, ROWS):
-        j = (j0 + c).to(tl.int64)  # the interpreter counts in 32 bits, whatever the bounds are
+        j = (j0 + c).to(tl.int64)
         d = _pairs(d_out, i * ol, ok, v, j * vl, j < L, E, EP, DOT, PRECISION)
         right = load(k, j * kl, j < L, f, F) * fall(anchor - load(b, j * F, j < L, f, F))
         earlier += product(d, right, DOT, PRECISION)
     dx += earlier * fall(run - anchor)
     for j0 in range(i0 + ROWS, tl.minimum(begin + C, L), ROWS):
-        j = (j0 + c).to(tl.int64)  # the interpreter counts in 32 bits, whatever the bounds are
+        j = (j0 + c).to(tl.int64)
         d = _pairs(d_out, j * ol, j < L, v, i * vl, ok, E, EP, DOT, PRECISION)
         first = tl.load(b + j0 * F + f, mask=f < F, other=0.0)[None, :]
         left = load(q, j * ql, j < L, f, F) * fall(load(b, j * F, j < L, f, F) - first)

@@ -105,21 +105,25 @@ def attend(
         if any(given not in (1, size) for given, size in zip(bias.shape, scores, strict=True)):
             raise ValueError(f"bias must broadcast to the scores {list(scores)}, got {list(bias.shape)}")
     square = not causal or q.shape[2] == k.shape[2] or q.shape[2] == 1
-    asked = {
-        "mass": return_mass,
-        "dropout": dropout > 0,
-        # With dropout torch's SDPA is the one that serves, and is given a mask [L, M] for what it has no word for.
-        "alibi": slopes is not None and not dropout,
-        "causal with a mask or bias": causal
-        and (key_mask is not None or bias is not None)
-        and q.shape[2] > 1
-        and not dropout,
-        "causal with L != M": not square and not dropout,
-    }
+    asked = {"mass": return_mass, "dropout": dropout > 0}
+    if not dropout:  # for which SDPA serves them all, by a mask [L, M]
+        asked |= {
+            "alibi": slopes is not None,
+            "causal with a mask or bias": causal and (key_mask is not None or bias is not None) and q.shape[2] > 1,
+            "causal with L != M": not square,
+        }
     needs = tuple(name for name, wanted in asked.items() if wanted)
     choice = resolve("softmax", backend, q.device.type, q.dtype, needs)
     k, v = hide(k, key_mask), hide(v, key_mask)
     return choice.run(q, k, v, causal, key_mask, bias, slopes, scale, dropout)
+
+
+def _with_alibi(bias: Tensor | None, slopes: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The bias of the scores with ALiBi's penalty, dense."""
+    if slopes is None:
+        return bias
+    penalty = alibi_bias(slopes.to(q.dtype), q.shape[2], k.shape[2])
+    return penalty if bias is None else bias + penalty
 
 
 @implementation(
@@ -127,9 +131,7 @@ def attend(
 )
 def _reference(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
     seen = visible(q.shape[2], k.shape[2], causal=causal, key_mask=key_mask, device=q.device)
-    if slopes is not None:
-        penalty = alibi_bias(slopes.to(q.dtype), q.shape[2], k.shape[2])
-        bias = penalty if bias is None else bias + penalty
+    bias = _with_alibi(bias, slopes, q, k)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     if dropout:
         identity = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
@@ -143,9 +145,7 @@ def _sdpa(q, k, v, causal, key_mask, bias, slopes, scale, dropout) -> Attended:
     length, keys = q.shape[2], k.shape[2]
     if slopes is not None or (causal and length > 1 and (key_mask is not None or bias is not None or length != keys)):
         seen = visible(length, keys, causal=causal, key_mask=key_mask, device=q.device)
-        if slopes is not None:
-            penalty = alibi_bias(slopes.to(q.dtype), length, keys)
-            bias = penalty if bias is None else bias + penalty
+        bias = _with_alibi(bias, slopes, q, k)
         some = seen.any(-1, keepdim=True)  # a row without a key is given all, and then 0: its gradient is no NaN
         mask = seen | ~some if bias is None else bias.to(q.dtype).masked_fill(~seen & some, -torch.inf)
         out = F.scaled_dot_product_attention(

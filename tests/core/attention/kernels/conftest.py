@@ -87,7 +87,7 @@ def compare(fast, slow, tensors, dtype, device, tolerance=None):
     tolerance = tolerance or {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     rounded = [None if x is None else x.to(dtype) for x in tensors]
 
-    def both(function, kind, where):
+    def outputs_and_gradients(function, kind, where):
         inputs = [None if x is None else x.detach().to(where, kind).requires_grad_() for x in rounded]
         outputs = function(*inputs)
         loss = 0.0
@@ -100,14 +100,14 @@ def compare(fast, slow, tensors, dtype, device, tolerance=None):
         grads = [torch.zeros_like(x) if g is None else g for x, g in zip(given, grads)]
         return [x.detach().double().cpu() for x in (*outputs, *grads)]
 
-    results = both(slow, torch.float64, "cpu"), both(fast, dtype, device)
+    results = outputs_and_gradients(slow, torch.float64, "cpu"), outputs_and_gradients(fast, dtype, device)
     for n, (want, got) in enumerate(zip(*results)):
         assert torch.equal(torch.isneginf(want), torch.isneginf(got)), f"result {n}: -inf in other places"
         want, got = (torch.where(torch.isneginf(x), 0.0, x) for x in (want, got))
         error, limit = (got - want).abs().max() if want.numel() else 0.0, 0.0
         limit = tolerance * (1 + want.abs().max()) if want.numel() else 1.0
         if error > limit and dtype != torch.float32:
-            other = both(slow, dtype, "cpu")[n]
+            other = outputs_and_gradients(slow, dtype, "cpu")[n]
             other = torch.where(torch.isneginf(other), 0.0, other)
             limit = max(limit, 1.5 * (other - want).abs().max())
         assert error <= limit, f"result {n}: error {error:.2e}, bound {limit:.2e}"
